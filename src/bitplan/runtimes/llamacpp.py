@@ -1,0 +1,235 @@
+"""The llama.cpp runtime: opens a GGUF file in process and runs it. Needs no torch.
+
+Reads `.gguf` files (sharded ones too) and hub ids. Windows are scored exactly as llama-perplexity
+does: every window starts from an empty cache, its first token is BOS where the vocabulary adds one,
+the second half is scored, and several windows go through one decode as separate sequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import llama_cpp as llama
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import llama_cpp as capi
+
+from bitplan import formats, gguf_file, units
+from bitplan.errors import RuntimeFailure
+from bitplan.formats import Format
+from bitplan.runtimes import capture as capturing
+from bitplan.runtimes import log
+from bitplan.runtimes.swap import Weights
+
+Tokens = npt.NDArray[np.int32]
+Logits = npt.NDArray[np.float32]
+
+BATCH = 2048  # tokens of one decode, as llama-perplexity's default
+_LOAD_MODES = {"read": capi.LLAMA_LOAD_MODE_NONE, "mmap": capi.LLAMA_LOAD_MODE_MMAP}
+
+
+def scored(ctx: int) -> slice:
+    """Positions of a window whose prediction is scored: ctx/2 .. ctx-2 (255 of 512)."""
+    return slice(ctx // 2, ctx - 1)
+
+
+class LlamaModel:
+    """An open GGUF model. Use as a context manager; not shared between threads."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        ctx: int = 512,
+        threads: int = 0,
+        swap: bool = False,
+        gpu_layers: int = 0,
+    ) -> None:
+        """Open a model for windows of `ctx` tokens.
+
+        swap: the weights will be overwritten in memory, so they are read, not mapped, and kept out
+        of the CPU backend's repacked buffers. Raises ModelFileError, RuntimeFailure.
+        """
+        self.header = gguf_file.read(path)
+        self.path, self.ctx, self.threads = Path(path), ctx, threads or available_cores()
+        self._resources = contextlib.ExitStack()
+        self._gpu_layers = gpu_layers
+        self._model = self._load(swap)
+        self._vocab = capi.llama_model_get_vocab(self._model)
+        self.n_vocab = int(capi.llama_vocab_n_tokens(self._vocab))
+        self.parallel = max(1, BATCH // ctx)
+        self._context = self._new_context(ctx * self.parallel, self.parallel)
+        self._batch = capi.llama_batch_init(ctx * self.parallel, 0, self.parallel)
+        self._resources.callback(capi.llama_batch_free, self._batch)
+        self._weights: Weights | None = None
+
+    # --- opening and closing ---------------------------------------------------------------
+
+    def _load(self, swap: bool) -> Any:
+        params = capi.llama_model_default_params()
+        params.load_mode = _LOAD_MODES["read" if swap else "mmap"]
+        params.n_gpu_layers = self._gpu_layers
+        params.use_extra_bufts = not swap
+        with log.captured() as lines:
+            capi.llama_backend_init()
+            model = capi.llama_model_load_from_file(str(self.header.shards[0]).encode(), params)
+        if not model:
+            raise RuntimeFailure(f"{self.path}: llama.cpp cannot load it: {log.reason(lines)}")
+        self._resources.callback(capi.llama_model_free, model)
+        return model
+
+    def _new_context(self, n_ctx: int, sequences: int, callback: Any = None) -> Any:
+        params = capi.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_ctx, min(n_ctx, 512)
+        params.n_seq_max = sequences
+        params.n_threads = params.n_threads_batch = self.threads
+        params.no_perf = True
+        if callback is not None:
+            params.cb_eval = callback
+        with log.captured() as lines:
+            context = capi.llama_init_from_model(self._model, params)
+        if not context:
+            raise RuntimeFailure(
+                f"{self.path}: llama.cpp cannot make a context of {n_ctx} tokens:"
+                f" {log.reason(lines)}; try a smaller --ctx."
+            )
+        self._resources.callback(capi.llama_free, context)
+        return context
+
+    def close(self) -> None:
+        self._resources.close()
+
+    def __enter__(self) -> LlamaModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- what is in it ---------------------------------------------------------------------
+
+    def units(self, grouping: units.Grouping = "tensor") -> list[units.Unit]:
+        return units.find(self.header, grouping)
+
+    def formats(self) -> list[Format]:
+        return formats.parse("all")
+
+    @property
+    def bos(self) -> int | None:
+        """The token that opens every window, where the vocabulary adds one."""
+        if not capi.llama_vocab_get_add_bos(self._vocab):
+            return None
+        return int(capi.llama_vocab_bos(self._vocab))
+
+    def tokenize(self, text: str) -> Tokens:
+        """Text -> token ids, special tokens added as the model's tokenizer wants them."""
+        raw = text.encode()
+        out = np.empty(len(raw) + 8, np.int32)
+        pointer = out.ctypes.data_as(ctypes.POINTER(capi.llama_token))
+        with log.captured():
+            count = capi.llama_tokenize(
+                self._vocab, raw, len(raw), pointer, len(out), True, False
+            )
+        if count < 0:
+            raise RuntimeFailure(f"{self.path}: its tokenizer failed on this text.")
+        return out[:count].copy()
+
+    # --- running ---------------------------------------------------------------------------
+
+    def logits(self, windows: Tokens) -> Iterator[Logits]:
+        """Next-token logits of each window's scored positions: [ctx - 1 - ctx/2, vocabulary].
+
+        windows: [n, ctx]. Runs the model as it stands (also with weights swapped). What is yielded
+        is llama.cpp's own memory: use it, or copy it, before asking for the next.
+        """
+        part = scored(self.ctx)
+        width = self.ctx - self.ctx // 2
+        for begin in range(0, len(windows), self.parallel):
+            group = windows[begin : begin + self.parallel]
+            self._decode(self._context, group, first_output=part.start)
+            pointer = capi.llama_get_logits(self._context)
+            shape = (len(group), width, self.n_vocab)
+            whole = np.ctypeslib.as_array(pointer, shape)
+            yield from whole[:, : part.stop - part.start]
+
+    def _decode(self, context: Any, windows: Tokens, first_output: int) -> None:
+        count, length = windows.shape
+        total = count * length
+        batch = self._batch
+        batch.n_tokens = total
+        _view(batch.token, total)[:] = windows.reshape(-1)
+        _view(batch.pos, total)[:] = np.tile(np.arange(length), count)
+        _view(batch.n_seq_id, total)[:] = 1
+        _view(batch.logits, total)[:] = np.tile(np.arange(length) >= first_output, count)
+        for i in range(total):
+            batch.seq_id[i][0] = i // length
+        capi.llama_memory_clear(capi.llama_get_memory(context), True)
+        with log.captured() as lines:
+            code = capi.llama_decode(context, batch)
+        if code != 0:
+            raise RuntimeFailure(
+                f"{self.path}: llama.cpp failed to run it (code {code}): {log.reason(lines)}"
+            )
+
+    # --- weights and activations -----------------------------------------------------------
+
+    @property
+    def weights(self) -> Weights:
+        """The weight tensors in memory; found by running one token under the eval callback."""
+        if self._weights is None:
+            finder = capturing.WeightFinder()
+            context = self._new_context(self.ctx, 1, finder.callback)
+            self._decode(context, np.zeros((1, min(2, self.ctx)), np.int32), first_output=0)
+            self._weights = Weights(self.header, finder.found, self.threads)
+        return self._weights
+
+    @contextlib.contextmanager
+    def rounded(
+        self,
+        assignment: Mapping[str, Format],
+        importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    ) -> Iterator[None]:
+        """Within the block these tensors (by name) hold rounded values; restored on leaving it.
+
+        importance: tensor name -> mean squared input, [row] or [experts, row].
+        """
+        with self.weights.swapped(assignment, importance or {}):
+            yield
+
+    def capture(self, windows: Tokens, what: Sequence[str]) -> capturing.Captured:
+        """Statistics of activations over all tokens of the windows.
+
+        what: any of `second_moments` (per weight, the importance matrix) and `similarity` (cosine
+        of each layer's input and output).
+        """
+        collector = capturing.Collector(what)
+        context = self._new_context(self.ctx * self.parallel, self.parallel, collector.callback)
+        for begin in range(0, len(windows), self.parallel):
+            self._decode(context, windows[begin : begin + self.parallel], first_output=0)
+            collector.check()
+        return collector.result()
+
+
+def _view(pointer: Any, count: int) -> npt.NDArray[Any]:
+    return np.ctypeslib.as_array(pointer, (count,))
+
+
+def available_cores() -> int:
+    """Cores this process may use, which in a container is fewer than the machine has."""
+    import os
+
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
+
+
+def engine_version() -> str:
+    """The version of llama-cpp-python, and with it of llama.cpp."""
+    return str(llama.__version__)

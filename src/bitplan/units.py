@@ -1,0 +1,148 @@
+"""Units of a GGUF model: which tensors can change format, where they sit, what shares a format.
+
+Reads a checked header, gives frozen dataclasses. The names follow llama.cpp's convention
+(`blk.3.ffn_down.weight`: layer 3, role `ffn_down`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from bitplan import formats
+from bitplan.errors import UsageError
+from bitplan.formats import Format
+from bitplan.gguf_file import Header, Tensor
+
+Grouping = Literal["tensor", "module", "layer"]
+
+_BLOCK = re.compile(r"^blk\.(\d+)\.(.+)\.weight$")
+# What llama_model_quantize leaves alone whatever one asks for (its tensor_allows_quantization).
+_NEVER = (
+    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel",
+    "per_layer_model_proj", "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight",
+    "indexer.q_proj.weight", "time_mix_first.weight", "time_mix_w0.weight", "time_mix_w1.weight",
+    "time_mix_w2.weight", "time_mix_v0.weight", "time_mix_v1.weight", "time_mix_v2.weight",
+    "time_mix_a0.weight", "time_mix_a1.weight", "time_mix_a2.weight", "time_mix_g1.weight",
+    "time_mix_g2.weight", "time_mix_decay_w1.weight", "time_mix_decay_w2.weight",
+    "time_mix_lerp_fused.weight", "attn_rel_b.weight", ".position_embd", "position_embd.weight",
+    "token_types.weight", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd",
+    ".patch_merger", "a.rvq.codebook", "mm.a.code_embd",
+)  # fmt: skip
+ALIGNMENT = 32  # llama_model_quantize pads every tensor's data to this
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest set of weights that shares one format."""
+
+    name: str
+    tensors: tuple[Tensor, ...]
+    layer: int | None
+    role: str
+
+    @property
+    def weights(self) -> int:
+        """Number of weights; of all experts for a 3-D tensor."""
+        return sum(math.prod(t.shape) for t in self.tensors)
+
+    def types(self, fmt: Format) -> dict[str, Format]:
+        """Tensor -> format really stored: `fmt`, or its fallback where rows do not divide."""
+        return {t.name: formats.fitting(fmt, t.shape[-1]) for t in self.tensors}
+
+    def nbytes(self, fmt: Format) -> int:
+        """Bytes in the file, each tensor padded to the file's alignment."""
+        types = self.types(fmt)
+        return sum(padded(formats.nbytes(types[t.name], t.shape)) for t in self.tensors)
+
+
+def padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def quantizable(tensor: Tensor) -> bool:
+    """Whether llama.cpp would change this tensor's format at all."""
+    dims = len(tensor.shape)
+    while dims > 1 and tensor.shape[len(tensor.shape) - dims] == 1:  # ggml drops outer ones
+        dims -= 1
+    name = tensor.name
+    return dims >= 2 and name.endswith("weight") and not any(part in name for part in _NEVER)
+
+
+def layer_and_role(name: str) -> tuple[int | None, str]:
+    """`blk.3.attn_q.weight` -> (3, 'attn_q'); `token_embd.weight` -> (None, 'token_embd')."""
+    match = _BLOCK.match(name)
+    if match:
+        return int(match[1]), match[2]
+    return None, name.removesuffix(".weight")
+
+
+def module_of(role: str) -> str:
+    """`attention`, `ffn` or `other`: what a tensor's role belongs to."""
+    if role.startswith("attn"):
+        return "attention"
+    return "ffn" if role.startswith("ffn") else "other"
+
+
+def find(header: Header, grouping: Grouping = "tensor") -> list[Unit]:
+    """All units of a model in layer order, embedding first and output last.
+
+    Raises UsageError when there is nothing to quantize.
+    """
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in header.tensors:
+        if quantizable(tensor):
+            groups.setdefault(_group(tensor.name, grouping), []).append(tensor)
+    if not groups:
+        raise UsageError(f"{header.path}: the file holds no weight matrix that could be quantized.")
+    return sorted((_unit(name, members) for name, members in groups.items()), key=_order)
+
+
+def _group(tensor_name: str, grouping: Grouping) -> str:
+    layer, role = layer_and_role(tensor_name)
+    if layer is None or grouping == "tensor":
+        return tensor_name.removesuffix(".weight")
+    return f"blk.{layer}" if grouping == "layer" else f"blk.{layer}.{module_of(role)}"
+
+
+def _unit(name: str, members: Iterable[Tensor]) -> Unit:
+    tensors = tuple(sorted(members, key=lambda t: t.name))
+    layer, role = layer_and_role(tensors[0].name)
+    if len(tensors) > 1:
+        role = module_of(role) if name.count(".") > 1 else "layer"
+    return Unit(name, tensors, layer, role)
+
+
+_FIRST_TO_LAST = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+def _order(unit: Unit) -> tuple[float, int, str]:
+    if unit.layer is None:
+        return (math.inf if unit.role == "output" else -1, 0, unit.name)
+    known = unit.role in _FIRST_TO_LAST
+    return (unit.layer, _FIRST_TO_LAST.index(unit.role) if known else 99, unit.name)
+
+
+def tied(header: Header) -> bool:
+    """Whether the token embedding also serves as the output matrix."""
+    names = {t.name for t in header.tensors}
+    return "token_embd.weight" in names and "output.weight" not in names
+
+
+def candidates(unit: Unit, wanted: Iterable[Format]) -> list[Format]:
+    """The formats worth offering for a unit, largest first.
+
+    Formats that fall back are replaced by what would really be stored; a format that the unit's
+    weights already have less precision than is left out, except the smallest float they have.
+    """
+    source = max(t.fmt.bits for t in unit.tensors)
+    row = {t.shape[-1] for t in unit.tensors}
+    found: dict[str, Format] = {}
+    for fmt in wanted:
+        stored = formats.fitting(fmt, next(iter(row))) if len(row) == 1 else fmt
+        if stored.bits <= source:
+            found[stored.name] = stored
+    return sorted(found.values(), key=lambda f: (-f.bits, f.name))
