@@ -89,13 +89,13 @@ class Artifact(Record):
 
     def hash(self) -> str:
         """Content hash, hexadecimal sha256 of the JSON text."""
-        return hashlib.sha256(self.text().encode()).hexdigest()
+        return hashlib.sha256(self.dumps().encode()).hexdigest()
 
-    def text(self) -> str:
+    def dumps(self) -> str:
         return json.dumps(self.model_dump(by_alias=True), indent=1, ensure_ascii=False) + "\n"
 
     def save(self, path: Path) -> None:
-        write_text(path, self.text())
+        write_text(path, self.dumps())
 
 
 class Sensitivity(Artifact):

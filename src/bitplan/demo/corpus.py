@@ -56,6 +56,26 @@ def documents(part: Part) -> Iterator[tuple[str, str]]:
     yield from found
 
 
+def text(part: Part) -> str:
+    """One part as a single text: an excerpt of every document, then the next of each, and so on.
+
+    So the first windows, however few are asked for, are a fair sample of the whole part.
+    """
+    cut = [_excerpts(body) for _, body in documents(part)]
+    rounds = max((len(pieces) for pieces in cut), default=0)
+    return "".join(p[i] for i in range(rounds) for p in cut if i < len(p))
+
+
+def _excerpts(body: str, length: int = 3000) -> list[str]:
+    """A document in pieces of about `length` characters, cut at ends of lines."""
+    pieces = [""]
+    for line in body.splitlines(keepends=True):
+        if len(pieces[-1]) + len(line) > length and pieces[-1]:
+            pieces.append("")
+        pieces[-1] += line
+    return pieces
+
+
 def _modules(part: Part) -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in root.rglob("*.py"):

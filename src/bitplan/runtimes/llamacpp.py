@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from bitplan.errors import RuntimeFailure
 from bitplan.formats import Format
 from bitplan.runtimes import capture as capturing
 from bitplan.runtimes import log
-from bitplan.runtimes.swap import Weights
+from bitplan.runtimes.swap import Weights, original
 
 Tokens = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
@@ -177,6 +178,25 @@ class LlamaModel:
                 f"{self.path}: llama.cpp failed to run it (code {code}): {log.reason(lines)}"
             )
 
+    def timed(self, prompt: int, generated: int) -> tuple[float, float]:
+        """Seconds to read `prompt` tokens at once, and to generate `generated` one by one."""
+        context = self._new_context(prompt + generated, 1)
+        self._decode(context, np.zeros((1, prompt), np.int32), first_output=prompt - 1)
+        begun = time.perf_counter()
+        self._decode(context, np.zeros((1, prompt), np.int32), first_output=prompt - 1)
+        read = time.perf_counter()
+        for i in range(generated):
+            self._decode_one(context, prompt + i)
+        return read - begun, time.perf_counter() - read
+
+    def _decode_one(self, context: Any, position: int) -> None:
+        batch = self._batch
+        batch.n_tokens = 1
+        batch.token[0], batch.pos[0], batch.logits[0] = 0, position, 1
+        batch.n_seq_id[0], batch.seq_id[0][0] = 1, 0
+        if capi.llama_decode(context, batch) != 0:
+            raise RuntimeFailure(f"{self.path}: llama.cpp failed to generate a token.")
+
     # --- weights and activations -----------------------------------------------------------
 
     @property
@@ -201,6 +221,13 @@ class LlamaModel:
         """
         with self.weights.swapped(assignment, importance or {}):
             yield
+
+    def original(
+        self, tensor: str, most_rows: int | None = None
+    ) -> tuple[npt.NDArray[np.float32], int]:
+        """Weights as the file has them, [rows, row], and how many matrices (experts) they hold."""
+        entry = next(t for t in self.header.tensors if t.name == tensor)
+        return original(entry, most_rows)
 
     def capture(self, windows: Tokens, what: Sequence[str]) -> capturing.Captured:
         """Statistics of activations over all tokens of the windows.

@@ -7,6 +7,7 @@ A variant costs no file: the tensors that llama.cpp computes with are overwritte
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -32,17 +33,10 @@ class Weights:
     def names(self) -> list[str]:
         return sorted(self._addresses)
 
-    def original(self, name: str) -> Array:
-        """The reference's weights, [rows, row] float32, from the file: never a swapped value."""
-        tensor = self._tensor(name)
-        raw = np.fromfile(tensor.path, np.uint8, tensor.nbytes, offset=tensor.start)
-        if raw.nbytes != tensor.nbytes:
-            raise ModelFileError(f"{tensor.path}: it became shorter while it was being read.")
-        return ggml.dequantize(raw, tensor.fmt, tensor.shape[-1])
-
     def rounded(self, name: str, fmt: Format, importance: Array | None) -> Array:
         """The weights after a round trip through a format, [rows, row] float32."""
-        return ggml.rounded(self.original(name), fmt, importance, self._threads)
+        weights, _ = original(self._tensor(name))
+        return ggml.rounded(weights, fmt, importance, self._threads)
 
     def replace(self, name: str, values: Array) -> None:
         """Overwrite a tensor with values, stored in the tensor's own type."""
@@ -58,8 +52,7 @@ class Weights:
 
     def restore(self, name: str) -> None:
         """Put the file's own bytes back."""
-        tensor = self._tensor(name)
-        raw = np.fromfile(tensor.path, np.uint8, tensor.nbytes, offset=tensor.start)
+        raw = _raw(self._tensor(name)).reshape(-1)
         for address in self._addresses[name]:
             ggml.write(address, raw)
 
@@ -85,3 +78,26 @@ class Weights:
             return self._tensors[name]
         except KeyError:
             raise RuntimeFailure(f"the model has no tensor {name!r}.") from None
+
+
+def original(tensor: Tensor, most_rows: int | None = None) -> tuple[Array, int]:
+    """The weights as the file has them, [rows, row] float32, and the number of matrices (experts).
+
+    most_rows: evenly spaced rows, the same of each matrix, at most so many (and one per matrix).
+    """
+    row = tensor.shape[-1]
+    matrices = math.prod(tensor.shape[:-2])
+    rows = _raw(tensor).reshape(matrices, tensor.shape[-2], -1)
+    if most_rows is not None and most_rows < matrices * rows.shape[1]:
+        count = max(1, most_rows // matrices)
+        rows = rows[:, np.linspace(0, rows.shape[1] - 1, count).astype(int)]
+    raw = np.ascontiguousarray(rows).reshape(-1)
+    return ggml.dequantize(raw, tensor.fmt, row), matrices
+
+
+def _raw(tensor: Tensor) -> npt.NDArray[np.uint8]:
+    """The tensor's bytes, mapped: only what is used is read."""
+    try:
+        return np.memmap(tensor.path, np.uint8, "r", tensor.start, (tensor.nbytes,))
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{tensor.path}: cannot be read any more ({error}).") from None

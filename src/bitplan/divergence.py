@@ -1,0 +1,88 @@
+"""What a model's predictions lose against the reference's, token by token. Arrays in, arrays out.
+
+Everything is compared in float32 logits with float64 sums, and no whole vocabulary is kept for more
+than the windows in hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference's predictions for the scored positions of one window."""
+
+    logits: Logits
+    """[positions, vocabulary]"""
+    lse: Floats
+    """[positions] log of the sum of exponentials."""
+    top: npt.NDArray[np.intp]
+    """[positions] the most likely token."""
+
+
+def log_sum_exp(logits: Logits) -> Floats:
+    """[positions, vocabulary] -> [positions]."""
+    peak = logits.max(axis=1, keepdims=True)
+    shifted = logits - peak
+    np.exp(shifted, out=shifted)
+    return np.log(shifted.sum(axis=1, dtype=np.float64)) + peak[:, 0]
+
+
+def reference(logits: Logits) -> Reference:
+    """Copies what llama.cpp will overwrite."""
+    own = np.array(logits, np.float32)
+    return Reference(own, log_sum_exp(own), own.argmax(axis=1))
+
+
+def negative_log_likelihood(logits: Logits, targets: npt.NDArray[np.int32]) -> Floats:
+    """-log p(target) in nats; logits [positions, vocabulary], targets [positions]."""
+    return log_sum_exp(logits) - logits[np.arange(len(targets)), targets]
+
+
+def kl(ref: Reference, logits: Logits) -> Floats:
+    """KL(reference || model) in nats for each position: sum over tokens of p (log p - log q).
+
+    log p - log q is taken as (difference of logits) - (difference of normalisers), which keeps
+    small divergences exact: the logits nearly cancel before anything is rounded.
+    """
+    shift = (ref.lse - log_sum_exp(logits)).astype(np.float32)
+    gap = ref.logits - logits
+    gap -= shift[:, None]
+    gap *= np.exp(ref.logits - ref.lse.astype(np.float32)[:, None])
+    return gap.sum(axis=1, dtype=np.float64)
+
+
+def same_top(ref: Reference, logits: Logits) -> npt.NDArray[np.bool_]:
+    """Whether both hold the same token most likely, for each position."""
+    return np.asarray(logits.argmax(axis=1) == ref.top)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean that grows as values come in, with the standard error of the mean."""
+
+    n: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, n: int, total: float, squares: float) -> Mean:
+        return Mean(self.n + n, self.total + total, self.squares + squares)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.n if self.n else 0.0
+
+    @property
+    def stderr(self) -> float:
+        """sqrt(variance / (n - 1)), as llama-perplexity; 0 when one value is all there is."""
+        if self.n < 2:
+            return 0.0
+        variance = max(self.squares / self.n - self.value**2, 0.0)
+        return float(np.sqrt(variance / (self.n - 1)))

@@ -1,0 +1,205 @@
+"""Stage 1: a model -> sensitivity.json, what each unit loses in each format.
+
+Reads the model and calibration windows. Every reading goes into `sensitivity.journal` before the
+next one starts; a run that was killed goes on there and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bitplan import gguf_layout, identity, inference, scorers
+from bitplan.artifacts import Origin, Score, Sensitivity, schema_of
+from bitplan.divergence import Mean
+from bitplan.formats import Format
+from bitplan.imatrix import Imatrix
+from bitplan.journal import Journal
+from bitplan.runtimes import ggml
+from bitplan.runtimes.llamacpp import LlamaModel, engine_version
+from bitplan.scorers import Job, Reading
+from bitplan.text import Windows
+from bitplan.units import Grouping, Unit, candidates
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+Cells = dict[tuple[str, str], Mean]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure."""
+
+    formats: Sequence[Format]
+    scorer: str = "kl"
+    grouping: Grouping = "tensor"
+    probes: Sequence[Format] = ()
+    """Formats that are measured per unit; the rest is inferred. None: one is chosen."""
+    full: bool = False
+    """Measure every cell."""
+    seed: int = 0
+
+
+def run(
+    model: LlamaModel,
+    windows: Windows,
+    settings: Settings,
+    out: Path,
+    *,
+    imatrix: Imatrix | None = None,
+    fresh: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Sensitivity:
+    """Measure a model and write OUT/sensitivity.json.
+
+    Raises UnknownNameError for a scorer that does not exist, ArtifactError when OUT holds
+    measurements of other work.
+    """
+    scorer, reverse = scorers.get(settings.scorer)
+    facts = identity.model_facts(model.header)
+    parents = {"model": facts.sha256, "text": windows.facts.sha256}
+    parents["imatrix"] = imatrix.hash() if imatrix else ""
+    origin = Origin(
+        engine=engine_version(),
+        parents=parents,
+        seed=settings.seed,
+        settings=_recorded(settings, model),
+    )
+    found = model.units(settings.grouping)
+    rows = {u.name: candidates(u, settings.formats) for u in found}
+    everything = [(u, f) for u in found for f in rows[u.name] if f != u.tensors[0].fmt]
+    importance = imatrix.importance() if imatrix else {}
+    job = Job(model, windows.tokens, everything, importance, settings.seed, model.threads)
+    key = {"schema": schema_of(Sensitivity), **origin.model_dump(), **windows.facts.model_dump()}
+    with Journal(out / "sensitivity.journal", key, fresh) as journal:
+        errors = {k: m.value for k, m in _collect("weight_error", job, journal, progress).items()}
+        layers: dict[int, float] = {}
+        if scorer.LAYERWISE:
+            ranked = _collect(settings.scorer, job, journal, progress)
+            values = {unit: -m.value if reverse else m.value for (unit, _), m in ranked.items()}
+            layers = {u.layer: values[u.name] for u in found if u.layer is not None}
+            scores = inference.from_importance(found, rows, values, errors)
+        else:
+            chosen = [c for c in everything if settings.full or _is_probe(c, settings, rows)]
+            job = dataclasses.replace(job, cells=chosen)
+            if settings.scorer.endswith("weight_error"):
+                measured: Cells = {k: Mean(1, e, e * e) for k, e in errors.items()}
+            else:
+                measured = _collect(settings.scorer, job, journal, progress)
+            scores = inference.fill(found, rows, measured, errors)
+            scores = inference.reversed_rows(scores) if reverse else scores
+        result = Sensitivity(
+            schema=schema_of(Sensitivity),
+            origin=origin,
+            model=facts,
+            text=windows.facts,
+            scorer=settings.scorer,
+            damage_unit=scorer.DAMAGE_UNIT,
+            formats=_by_size(scores),
+            units=[identity.unit_facts(u) for u in found],
+            scores=scores,
+            layer_scores=layers,
+            fixed_bytes=gguf_layout.fixed_bytes(model.header, added_keys(imatrix)),
+            imatrix=parents["imatrix"],
+            swap_error=swap_error(model, found, rows, importance),
+        )
+        result.save(out / "sensitivity.json")
+        journal.finish()
+    return result
+
+
+def added_keys(imatrix: Imatrix | None) -> dict[str, int | str]:
+    """The metadata that the writer will add, for counting bytes."""
+    if imatrix is None:
+        return gguf_layout.added_keys(None, 0, 0)
+    dataset = imatrix.datasets[0] if imatrix.datasets else ""
+    return gguf_layout.added_keys(dataset, len(imatrix.entries), imatrix.chunks)
+
+
+def _recorded(settings: Settings, model: LlamaModel) -> dict[str, object]:
+    return {
+        "scorer": settings.scorer,
+        "formats": [f.name for f in settings.formats],
+        "group": settings.grouping,
+        "probes": [f.name for f in settings.probes],
+        "full": settings.full,
+        "threads": model.threads,
+    }
+
+
+def _collect(name: str, job: Job, journal: Journal, progress: Progress) -> Cells:
+    """All readings of one scorer: those the journal has, then the rest, each on disk at once."""
+    scorer, _ = scorers.get(name)
+    plain = name.removeprefix("reverse:")
+    known = [
+        Reading(**{k: v for k, v in line.items() if k != "scorer"})
+        for line in journal.known
+        if line["scorer"] == plain
+    ]
+    readings = {r.key: r for r in known}
+    parts = -(-len(job.windows) // job.model.parallel) if plain == "kl" else 1
+    total = len(job.units) if scorer.LAYERWISE else len(job.cells) * parts
+    job = dataclasses.replace(job, done=frozenset(readings))
+    progress(plain, len(readings), total)
+    if len(readings) < total:
+        for reading in scorer.score(job):
+            journal.add({"scorer": plain, **dataclasses.asdict(reading)})
+            readings[reading.key] = reading
+            progress(plain, len(readings), total)
+    cells: Cells = {}
+    for reading in sorted(readings.values(), key=lambda r: r.key):
+        cell = (reading.unit, reading.format)
+        mean = cells.get(cell, Mean())
+        cells[cell] = mean.add(reading.n, reading.total, reading.squares)
+    return cells
+
+
+def _is_probe(
+    cell: tuple[Unit, Format], settings: Settings, rows: Mapping[str, Sequence[Format]]
+) -> bool:
+    """Whether this cell is measured: its format is a probe, or stands in for one that falls back."""
+    unit, fmt = cell
+    row = rows[unit.name]
+    wanted = settings.probes or [default_probe(row)]
+    stand_ins = {min(row, key=lambda f, p=p: abs(f.bits - p.bits)).name for p in wanted}  # type: ignore[misc]
+    return fmt.name in stand_ins
+
+
+def default_probe(row: Sequence[Format]) -> Format:
+    """The format to measure when one must do: near 3.4 bits, well above the numerical noise."""
+    plain = [f for f in row if f.family == "q"] or list(row)
+    return min(plain, key=lambda f: abs(f.bits - 3.4375))
+
+
+def _by_size(scores: Sequence[Score]) -> list[str]:
+    from bitplan import formats
+
+    return sorted({s.format for s in scores}, key=lambda n: (-formats.get(n).bits, n))
+
+
+def swap_error(
+    model: LlamaModel,
+    found: Sequence[Unit],
+    rows: Mapping[str, Sequence[Format]],
+    importance: Mapping[str, ggml.Array],
+) -> dict[str, float]:
+    """What re-encoding rounded weights in the reference's own type adds: relative squared error.
+
+    Nothing to speak of for a float reference; for a Q8_0 reference, about Q8_0's own error.
+    """
+    ratios = []
+    for unit in found:
+        for tensor in unit.tensors[:1]:
+            fmt = unit.types(default_probe(rows[unit.name] or [tensor.fmt]))[tensor.name]
+            weights, matrices = model.original(tensor.name, most_rows=64)
+            h = importance.get(tensor.name) if matrices == 1 else None
+            meant = ggml.rounded(weights, fmt, h, model.threads)
+            held = ggml.rounded(meant, tensor.fmt, None, model.threads)
+            energy = float(np.square(weights).sum(dtype=np.float64))
+            ratios.append(float(np.square(held - meant).sum(dtype=np.float64)) / max(energy, 1e-30))
+    return {"mean": float(np.mean(ratios)), "max": float(np.max(ratios))}

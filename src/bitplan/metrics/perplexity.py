@@ -1,0 +1,26 @@
+"""Perplexity, and its ratio to the reference's on the same tokens.
+
+PPL = exp(mean nll), its error PPL x sqrt(var / (n - 1)): llama-perplexity's figures. The ratio's
+error comes from the paired differences, so it is far smaller than that of either perplexity.
+"""
+
+from __future__ import annotations
+
+import math
+
+from bitplan.artifacts import Measurement
+from bitplan.metrics import Case, mean
+
+
+def measure(case: Case) -> list[Measurement]:
+    nll, error = mean(case.own.nll)
+    n = len(case.own.nll)
+    ppl = math.exp(nll)
+    found = [Measurement(metric="perplexity", value=ppl, stderr=ppl * error, n=n)]
+    if not case.is_reference:
+        gap, gap_error = mean(case.own.nll - case.reference.nll)
+        ratio = math.exp(gap)
+        found.append(
+            Measurement(metric="perplexity_ratio", value=ratio, stderr=ratio * gap_error, n=n)
+        )
+    return found

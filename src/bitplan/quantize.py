@@ -1,0 +1,79 @@
+"""Stage 3: a model and plan.json -> the quantized model and quantized.json.
+
+The plan must have been made for this very model (content hash) and with this importance matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from bitplan import gguf_file, identity, imatrix
+from bitplan.artifacts import Origin, Plan, Quantized, schema_of
+from bitplan.errors import ArtifactError, ImatrixError
+from bitplan.runtimes.llamacpp import engine_version
+from bitplan.writers import gguf
+
+Progress = Callable[[str, int, int], None]
+
+
+def run(
+    model: Path,
+    plan: Plan,
+    out: Path,
+    *,
+    matrix: Path | None = None,
+    threads: int = 0,
+    allow_requantize: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Quantized:
+    """Write OUT (a .gguf file) and quantized.json beside it.
+
+    Raises ArtifactError for a plan of another model, ImatrixError for another matrix than the one
+    that was measured with, and what the writer raises.
+    """
+    header = gguf_file.read(model)
+    facts = identity.model_facts(header)
+    if facts.sha256 != plan.model.sha256:
+        raise ArtifactError(
+            f"the plan was made for another model ({plan.model.name}, sha256"
+            f" {plan.model.sha256[:12]}), not for {model} ({facts.sha256[:12]}); plan again."
+        )
+    if matrix is not None:
+        loaded = imatrix.read(matrix)
+        imatrix.check(loaded, header)
+        if plan.imatrix and loaded.hash() != plan.imatrix:
+            raise ImatrixError(
+                f"{matrix}: is not the importance matrix that the plan was measured with; give that"
+                " one, or measure again with this one."
+            )
+    elif plan.imatrix:
+        raise ImatrixError(
+            "the plan was measured with an importance matrix; name it with --imatrix (measure left"
+            " it beside sensitivity.json as imatrix.gguf)."
+        )
+    line = gguf.write(
+        header,
+        plan.tensors,
+        out,
+        plan_hash=plan.hash(),
+        matrix=matrix,
+        threads=threads,
+        allow_requantize=allow_requantize,
+        progress=progress,
+    )
+    size = out.stat().st_size
+    result = Quantized(
+        schema=schema_of(Quantized),
+        origin=Origin(
+            engine=engine_version(), parents={"model": facts.sha256, "plan": plan.hash()}
+        ),
+        file=out.name,
+        sha256=identity.sha256((out,)),
+        bytes=size,
+        bpw=8 * size / facts.weights,
+        tensors=plan.tensors,
+        command=line,
+    )
+    result.save(out.with_name("quantized.json"))
+    return result

@@ -1,0 +1,51 @@
+"""Runtimes: what opens a model, runs it, rounds its weights in place and watches its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from bitplan.formats import Format
+from bitplan.units import Grouping, Unit
+
+Array = npt.NDArray[np.float32]
+
+
+class Runtime(Protocol):
+    """An open model. Scorers, metrics and studies know nothing else of it."""
+
+    parallel: int
+    """Windows that go through one run; work is cut into groups of so many."""
+
+    def units(self, grouping: Grouping = "tensor") -> list[Unit]:
+        """Every quantizable weight, grouped into what shares a format."""
+        ...
+
+    def logits(self, windows: npt.NDArray[np.int32]) -> Iterator[Array]:
+        """Per window [n, ctx], next-token logits of the scored positions [positions, vocabulary].
+
+        Position i of the result predicts token ctx//2 + 1 + i of the window. The array is only
+        valid until the next one is asked for.
+        """
+        ...
+
+    def rounded(
+        self, assignment: Mapping[str, Format], importance: Mapping[str, Array] | None = None
+    ) -> AbstractContextManager[None]:
+        """Within the block these tensors hold rounded values; the exact old ones after it."""
+        ...
+
+    def capture(self, windows: npt.NDArray[np.int32], what: Sequence[str]) -> Any:
+        """Statistics of activations: `second_moments`, `similarity`."""
+        ...
+
+    def original(self, tensor: str, most_rows: int | None = None) -> tuple[Array, int]:
+        """Weights of the reference [rows, row], and how many matrices (experts) they hold.
+
+        most_rows: an evenly spaced sample of at most so many rows, the same rows of each matrix.
+        """
+        ...

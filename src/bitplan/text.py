@@ -1,0 +1,113 @@
+"""Text -> windows of tokens, with a content hash.
+
+Reads text files, the built-in corpus (`builtin`), or WikiText-2 (`wikitext2`: from the folder that
+BITPLAN_DATA names, else from the hub); writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from bitplan.artifacts import TextFacts
+from bitplan.demo import corpus
+from bitplan.errors import TextError
+
+Tokens = npt.NDArray[np.int32]
+
+_WIKITEXT = {"calibration": "wiki.train.raw", "evaluation": "wiki.test.raw"}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows that a model is run on: `tokens` is [n, ctx]."""
+
+    tokens: Tokens
+    facts: TextFacts
+    chars_per_token: float
+    """Of the whole text; for bits per byte."""
+
+
+def load(sources: Sequence[str], purpose: corpus.Part) -> str:
+    """The text of all sources, one after another.
+
+    sources: file paths, `builtin` or `wikitext2`; of the latter two, `purpose` selects the part, so
+    that nothing is calibrated and evaluated on the same text. Raises TextError.
+    """
+    return "".join(_load(source, purpose) for source in sources)
+
+
+def _load(source: str, purpose: corpus.Part) -> str:
+    if source == "builtin":
+        text = corpus.text(purpose)
+        if not text:
+            raise TextError(
+                "the built-in text is missing: this Python carries no library sources; name a file"
+                " with --text."
+            )
+        return text
+    if source == "wikitext2":
+        return _wikitext2(_WIKITEXT.get(purpose, "wiki.train.raw"))
+    path = Path(source)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise TextError(f"{path}: is not UTF-8 text; convert it first.") from None
+    except OSError as error:
+        raise TextError(
+            f"{path}: cannot be read ({error.strerror}); name a text file, 'builtin' or 'wikitext2'."
+        ) from None
+
+
+def _wikitext2(member: str) -> str:
+    local = Path(os.environ.get("BITPLAN_DATA", ".")) / "wikitext2" / member
+    if local.is_file():
+        return local.read_text(encoding="utf-8")
+    try:
+        from huggingface_hub import hf_hub_download
+
+        archive = hf_hub_download("ggml-org/ci", "wikitext-2-raw-v1.zip", repo_type="dataset")
+        with zipfile.ZipFile(archive) as files:
+            return files.read(f"wikitext-2-raw/{member}").decode()
+    except (OSError, ValueError, KeyError) as error:
+        raise TextError(
+            f"wikitext2 is neither at {local} nor on the hub ({type(error).__name__}); put"
+            f" {member} there, set BITPLAN_DATA, or use --text builtin."
+        ) from None
+
+
+def windows(
+    text: str,
+    tokenize: Callable[[str], Tokens],
+    *,
+    ctx: int,
+    count: int,
+    bos: int | None,
+    source: str,
+) -> Windows:
+    """The first `count` windows of `ctx` tokens, without overlap; the tail is dropped.
+
+    As in llama-perplexity, BOS replaces the first token of every window where the vocabulary adds
+    one, and a text of fewer than two windows is refused (TextError). count 0 takes all.
+    """
+    tokens = tokenize(text)
+    available = len(tokens) // ctx
+    if available < 2:
+        raise TextError(
+            f"the text ({source}) has only {len(tokens)} tokens, fewer than two windows of {ctx};"
+            " give more text or a smaller --ctx."
+        )
+    taken = min(count or available, available)
+    cut = tokens[: taken * ctx].reshape(taken, ctx).copy()
+    if bos is not None:
+        cut[:, 0] = bos
+    digest = hashlib.sha256(cut.tobytes()).hexdigest()
+    facts = TextFacts(source=source, sha256=digest, ctx=ctx, windows=taken)
+    return Windows(cut, facts, len(text.encode()) / max(len(tokens), 1))
