@@ -6,6 +6,7 @@ need no file from elsewhere; `shared` and `stories` skip where that data is abse
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,14 +14,23 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
+from llama_cpp import llama_cpp as capi
 
+from bitplan.formats import Format
+from bitplan.imatrix import Entry, Imatrix
+from bitplan.runtimes import log
 from bitplan.runtimes.llamacpp import LlamaModel
 
 LAYERS, DIM, FFN, HEADS, KV_HEADS, CTX = 2, 256, 256, 4, 2, 512
 EXPERTS, USED = 4, 2
-MERGES = (
-    "Ġ t,h e,Ġ a,Ġt he,i n,r e,o n,Ġ s,n d,Ġ w,e r,Ġa nd,a t,o u,i t,Ġ b,i s,o r,Ġ f,e n".split(",")
-)
+MERGES = [
+    "Ġ t", "h e", "Ġ a", "Ġt he", "i n", "r e", "o n", "Ġ s", "n d", "Ġ w",
+    "e r", "Ġa nd", "a t", "o u", "i t", "Ġ b", "i s", "o r", "Ġ f", "e n",
+]  # fmt: skip
+WORDS = (
+    "the", "cat", "and", "a", "dog", "in", "on", "at", "it", "is", "or", "when", "before", "table",
+    "river", "stone", "light", "12", "...",
+)  # fmt: skip
 
 Cut = Callable[[LlamaModel, str, int], npt.NDArray[np.int32]]
 
@@ -54,9 +64,8 @@ def stories_text(shared: Path) -> str:
 @pytest.fixture(scope="session")
 def text() -> str:
     """Words in random order, enough for eight windows of the tiny models."""
-    words = "the cat and a dog in on at it is or when before table river stone light 12 ...".split()
     rng = np.random.default_rng(5)
-    return " ".join(words[i] for i in rng.integers(0, len(words), 4000))
+    return " ".join(WORDS[i] for i in rng.integers(0, len(WORDS), 4000))
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +95,28 @@ def tiny_moe_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny-moe") / "tiny-moe.gguf"
     _write_model(path, experts=EXPERTS)
     return path
+
+
+def imatrix_entry(squares: list[list[float]], counts: list[float]) -> Entry:
+    return Entry(np.array(squares, np.float32), np.array(counts, np.float32))
+
+
+@pytest.fixture
+def small() -> Imatrix:
+    """A dense tensor, and three experts of which one saw nothing; 2 chunks of 4 tokens."""
+    dense = imatrix_entry([[8, 16, 0]], [8])
+    experts = imatrix_entry([[6, 12], [0, 0], [10, 5]], [6, 0, 10])
+    entries = {"blk.0.ffn_up_exps.weight": experts, "blk.0.attn_q.weight": dense}
+    return Imatrix(entries, ("a.txt", "b.txt"), 2, 4)
+
+
+def quantize(source: Path, out: Path, fmt: Format) -> None:
+    """llama.cpp's own quantizer, every matrix in one format."""
+    params = capi.llama_model_quantize_default_params()
+    params.nthread, params.ftype, params.pure = 1, fmt.ftype, True
+    files = str(source).encode(), str(out).encode()
+    with log.captured() as lines:
+        assert capi.llama_model_quantize(*files, ctypes.byref(params)) == 0, lines
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from llama_cpp import llama_cpp as capi
 from bitplan import formats, gguf_file, units
 from bitplan.errors import UnknownNameError
 from bitplan.formats import FORMATS, Format
-from bitplan.runtimes import ggml, log
+from bitplan.runtimes import ggml
+from conftest import quantize
 
 quantized = [f for f in FORMATS.values() if not f.is_float]
 
@@ -63,23 +64,14 @@ def test_fallbacks_are_what_llama_quantize_stores(
     """Rows of 64 take blocks of 32 but not of 256; rows of 172 take neither."""
     out = tmp_path / "out.gguf"
     source = gguf_file.read(stories)
-    assert quantize(stories, out, fmt) == 0
+    quantize(stories, out, fmt)
     stored = {t.name: t.fmt for t in gguf_file.read(out).tensors}
-    expected = {}
+    expected: dict[str, Format] = {}
     for unit in units.find(source):
         expected |= unit.types(fmt)
     assert {n: f.name for n, f in stored.items() if n in expected} == {
         n: f.name for n, f in expected.items()
     }
-
-
-def quantize(source: Path, out: Path, fmt: Format) -> int:
-    params = capi.llama_model_quantize_default_params()
-    params.nthread, params.ftype, params.pure = 2, fmt.ftype, True
-    with log.captured():
-        return int(
-            capi.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
-        )
 
 
 def test_formats_that_cannot_do_without_an_imatrix_are_marked() -> None:

@@ -205,7 +205,7 @@ def test_shards_are_read_as_one_model(shards: list[Path]) -> None:
 
 def test_a_missing_shard_is_named(shards: list[Path]) -> None:
     shards[1].unlink()
-    with pytest.raises(ModelFileError, match="shard big-00002-of-00003.gguf is missing"):
+    with pytest.raises(ModelFileError, match=r"shard big-00002-of-00003.gguf is missing"):
         gguf_file.read(shards[0])
 
 

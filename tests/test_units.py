@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from llama_cpp import llama_cpp as capi
 
 from bitplan import formats, gguf_file, units
 from bitplan.errors import UsageError
 from bitplan.formats import FORMATS
 from bitplan.gguf_file import Header, Tensor
-from bitplan.runtimes import log
+from conftest import quantize
 
 
 def tensor(name: str, *shape: int, fmt: str = "f16") -> Tensor:
@@ -29,11 +27,7 @@ def test_units_are_what_llama_quantize_changes(
     model: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     source, out = Path(request.getfixturevalue(model)), tmp_path / "out.gguf"
-    params = capi.llama_model_quantize_default_params()
-    params.nthread, params.ftype, params.pure = 2, FORMATS["q4_0"].ftype, True
-    with log.captured():
-        files = str(source).encode(), str(out).encode()
-        assert capi.llama_model_quantize(*files, ctypes.byref(params)) == 0
+    quantize(source, out, FORMATS["q4_0"])
     before = {t.name: t.fmt for t in gguf_file.read(source).tensors}
     after = {t.name: t.fmt for t in gguf_file.read(out).tensors}
     found = units.find(gguf_file.read(source))
@@ -46,11 +40,7 @@ def test_units_are_what_llama_quantize_changes(
 
 def test_bytes_of_units_are_those_of_the_written_file(tiny_moe_gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    params = capi.llama_model_quantize_default_params()
-    params.nthread, params.ftype, params.pure = 2, FORMATS["q6_k"].ftype, True
-    with log.captured():
-        files = str(tiny_moe_gguf).encode(), str(out).encode()
-        assert capi.llama_model_quantize(*files, ctypes.byref(params)) == 0
+    quantize(tiny_moe_gguf, out, FORMATS["q6_k"])
     written = gguf_file.read(out)
     stored = {t.name: units.padded(t.nbytes) for t in written.tensors}
     found = units.find(gguf_file.read(tiny_moe_gguf))

@@ -241,6 +241,11 @@ class Evaluation(Artifact):
     shipped: str = ""
     """Name of the candidate that `auto` ships."""
 
+    def kl(self, name: str) -> float:
+        """Mean KL of one candidate; infinite where it was not measured."""
+        found = next((c.value("kl") for c in self.candidates if c.name == name), None)
+        return float("inf") if found is None else found
+
     @property
     def measurements(self) -> list[Measurement]:
         """Of the only, or the shipped, candidate."""

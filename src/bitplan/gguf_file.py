@@ -8,6 +8,7 @@ built. Layout: GGUF specification, version 2 and 3, little endian.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import re
@@ -59,6 +60,11 @@ class Header:
     def size(self) -> int:
         """Bytes on disk, all shards."""
         return sum(p.stat().st_size for p in self.shards)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all tensors."""
+        return sum(math.prod(t.shape) for t in self.tensors)
 
     def number(self, key: str, default: int = 0) -> int:
         """An integer below the architecture's prefix, `block_count` for instance."""

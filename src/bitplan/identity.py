@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def model_facts(header: Header) -> ModelFacts:
         sha256=sha256(header.shards),
         bytes=header.size,
         layers=header.number("block_count"),
-        weights=sum(math.prod(t.shape) for t in header.tensors),
+        weights=header.weights,
         tied=units.tied(header),
     )
 

@@ -141,8 +141,7 @@ def _read_gguf(path: Path) -> Imatrix:
         header = gguf_file.read(path)
     except ModelFileError as error:
         raise ImatrixError(str(error)) from None
-    kind = header.metadata.get("general.type")
-    if kind != "imatrix":
+    if (kind := header.metadata.get("general.type")) != "imatrix":
         raise _damaged(path, f"it is a GGUF file of type {kind!r}")
     # tensors may overlap in a file that lies, and then take far more memory than the file
     if sum(t.nbytes for t in header.tensors) > header.size:

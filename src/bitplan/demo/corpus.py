@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 Part = Literal["training", "calibration", "evaluation"]
+PARTS: tuple[Part, ...] = ("training", "calibration", "evaluation")
 
 # Tables of numbers, generated grammars and the interpreter's own tests are not prose or code.
 _SKIPPED = frozenset({"test", "tests", "encodings", "site-packages", "dist-packages", "pydoc_data"})

@@ -1,0 +1,111 @@
+"""Plans against llama.cpp's presets at exactly the presets' sizes: the README's main table.
+
+    python benchmarks/presets.py                       # built-in model and text, about 6 minutes
+    python benchmarks/presets.py --model M.gguf --calibration A.txt --evaluation B.txt
+
+Both sides are real files, written by llama.cpp with the same importance matrix, and are measured on
+held-out windows that neither training nor calibration saw. Prints a Markdown table; --out keeps the
+artefacts and `presets.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from bitplan import budget, demo, evaluate, formats, identity, imatrix, measure, plan, presets, text
+from bitplan.artifacts import Budget, Sensitivity, load
+from bitplan.metrics import mean
+from bitplan.runtimes.llamacpp import LlamaModel, engine_version
+from bitplan.writers import gguf
+
+NAMES = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=demo.MODEL)
+    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--evaluation", default="builtin")
+    parser.add_argument("--windows", type=int, default=8, help="of calibration, for KL")
+    parser.add_argument("--imatrix-windows", type=int, default=32)
+    parser.add_argument("--held-out", type=int, default=48, help="windows of evaluation")
+    parser.add_argument("--formats", default="default")
+    parser.add_argument("--presets", default=",".join(NAMES))
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--refine", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    with tempfile.TemporaryDirectory() as scratch:
+        out = args.out or Path(scratch)
+        out.mkdir(parents=True, exist_ok=True)
+        rows = compare(args, out)
+        (out / "presets.json").write_text(json.dumps(rows, indent=1) + "\n")
+    show(rows, args)
+
+
+def compare(args: argparse.Namespace, out: Path) -> list[dict[str, float | str]]:
+    with LlamaModel(args.model, swap=True) as model:
+        cut = lambda source, purpose, n: text.windows(  # noqa: E731
+            text.load([source], purpose), model.tokenize, ctx=512, count=n, bos=model.bos, source=source
+        )
+        calibration = cut(args.calibration, "calibration", args.imatrix_windows)
+        held_out = cut(args.evaluation, "evaluation", args.held_out)
+        captured = model.capture(calibration.tokens, ["second_moments"])
+        matrix = imatrix.from_captured(captured, args.calibration, len(calibration.tokens), 512)
+        imatrix.write(matrix, out / "imatrix.gguf")
+        measured = cut(args.calibration, "calibration", args.windows)
+        settings = measure.Settings(formats.parse(args.formats), full=args.full)
+        sensitivity = measure.run(model, measured, settings, out, imatrix=matrix)
+        keys = measure.added_keys(matrix)
+        pairs = [
+            presets.resolve(model.header, n, keys, out / "imatrix.gguf")
+            for n in args.presets.split(",")
+        ]
+        contenders = []
+        for preset in pairs:
+            target = Budget(text=preset.name, bytes=preset.bytes)
+            chosen = plan.make(sensitivity, target)
+            for name, types in ((preset.name, preset.types), (f"plan@{preset.name}", chosen.tensors)):
+                path = out / f"{name}.gguf"
+                gguf.write(model.header, types, path, plan_hash=chosen.hash(), matrix=out / "imatrix.gguf")
+                contenders.append(evaluate.Contender(name, path.stat().st_size, path))
+        _, figures = evaluate.tokens(model, contenders, held_out, {})
+    rows: list[dict[str, float | str]] = []
+    for preset in pairs:
+        theirs, ours = figures[preset.name].kl, figures[f"plan@{preset.name}"].kl
+        difference, error = mean(theirs - ours)
+        size = (out / f"plan@{preset.name}.gguf").stat().st_size
+        rows.append(
+            {
+                "preset": preset.name, "bytes": preset.bytes, "plan_bytes": size,
+                "preset_kl": float(theirs.mean()), "plan_kl": float(ours.mean()),
+                "difference": difference, "stderr": error,
+                "ratio": float(ours.mean() / theirs.mean()),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def show(rows: list[dict[str, float | str]], args: argparse.Namespace) -> None:
+    print(f"{args.model.name}, {args.held_out} held-out windows of 512, llama-cpp-python"
+          f" {engine_version()}, Python {platform.python_version()}\n")
+    print("| size of | bytes | preset's KL | plan's KL | difference | ratio |")
+    print("|---|---|---|---|---|---|")
+    for r in rows:
+        print(f"| {r['preset']} | {r['bytes']:,} | {r['preset_kl']:.4f} | {r['plan_kl']:.4f} |"
+              f" {r['difference']:.4f} ± {r['stderr']:.4f} | {r['ratio']:.2f} |")
+    print(f"\nmean ratio {np.mean([float(r['ratio']) for r in rows]):.3f}")
+
+
+if __name__ == "__main__":
+    main()

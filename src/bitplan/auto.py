@@ -1,0 +1,173 @@
+"""All of it: a model and a budget -> a folder with the quantized model, its artefacts and report.
+
+Checks first whether the work can succeed, then runs the stages; `contest` decides what is shipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitplan import (
+    contest,
+    formats,
+    measure,
+    options,
+    plan,
+    preflight,
+    presets,
+    report,
+    scorers,
+    summary,
+)
+from bitplan.artifacts import Budget, Evaluation
+from bitplan.budget import human
+from bitplan.errors import UnknownNameError
+from bitplan.gguf_file import Header, read
+from bitplan.measure import Progress
+from bitplan.runtimes.llamacpp import LlamaModel
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; the names and defaults are those of `bitplan auto`."""
+
+    model: Path
+    size: str | None = None
+    bpw: float | None = None
+    fit: str | None = None
+    fit_ctx: int = 4096
+    max_kl: float | None = None
+    text: list[str] | None = None
+    eval_text: list[str] | None = None
+    ctx: int = 512
+    windows: int = 8
+    eval_windows: int = 24
+    imatrix_windows: int = 32
+    scorer: str = "kl"
+    formats: str = "default"
+    group: str = "tensor"
+    probes: str = ""
+    full: bool = False
+    keep: list[str] | None = None
+    floor: list[str] | None = None
+    imatrix: Path | None = None
+    no_imatrix: bool = False
+    presets: str = "all"
+    speed: bool = True
+    gpu_layers: int = 0
+    seed: int = 0
+    threads: int = 0
+    out: Path | None = None
+    fresh: bool = False
+    allow_requantize: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    evaluation: Evaluation
+    file: Path
+    summary: str
+
+
+def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
+    """Everything that `bitplan auto` does. Raises what the stages raise, as early as possible."""
+    header = read(request.model)
+    wanted, settings = _settings(request)
+    budget = _checked_budget(request, header, wanted)
+    out = options.folder(request.out, request.model)
+    with LlamaModel(
+        request.model,
+        ctx=request.ctx,
+        threads=request.threads,
+        swap=True,
+        gpu_layers=request.gpu_layers,
+    ) as model:
+        calibration = options.cut(model, request.text, "calibration", request.windows)
+        held_out = options.cut(model, request.eval_text, "evaluation", request.eval_windows)
+        preflight.dry_run(model, wanted)
+        matrix = None
+        if not request.no_imatrix:
+            many = options.cut(model, request.text, "calibration", request.imatrix_windows)
+            matrix = options.collected(model, request.imatrix, many, out)
+        sensitivity = measure.run(
+            model,
+            calibration,
+            settings,
+            out,
+            imatrix=matrix,
+            fresh=request.fresh,
+            progress=progress,
+        )
+        floors = options.rules(request.floor, "--floor")
+        first = plan.make(
+            sensitivity, budget, pins=options.rules(request.keep, "--keep"), floors=floors
+        )
+        result = contest.run(
+            model,
+            sensitivity,
+            first,
+            calibration,
+            held_out,
+            out,
+            imatrix=matrix,
+            floors=floors,
+            rivals=_rivals(request.presets),
+            speed=request.speed,
+            allow_requantize=request.allow_requantize,
+            progress=progress,
+        )
+    files = report.write_from(out)
+    page = next(f for f in files if f.suffix == ".html")
+    parts = [
+        summary.of_plan(result.plan),
+        summary.of_evaluation(result.evaluation),
+        f"{result.file}  {human(result.file.stat().st_size)}",
+        f"{page}  open it in a browser",
+    ]
+    return Outcome(result.evaluation, result.file, "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:]))
+
+
+def _settings(request: Request) -> tuple[list[formats.Format], measure.Settings]:
+    scorers.get(request.scorer)
+    wanted = options.candidates(request.formats, not request.no_imatrix)
+    probes = formats.parse(request.probes) if request.probes else ()
+    grouping = options.grouping(request.group)
+    return wanted, measure.Settings(
+        wanted, request.scorer, grouping, probes, request.full, request.seed
+    )
+
+
+def _checked_budget(request: Request, header: Header, wanted: list[formats.Format]) -> Budget:
+    """The budget in bytes, once it is known that model, memory, disk and size allow the work."""
+    preflight.check_source(header, request.allow_requantize)
+    preflight.check_memory(header)
+    options.rules(request.keep, "--keep")
+    options.rules(request.floor, "--floor")
+    _rivals(request.presets)
+    budget = options.chosen_budget(
+        request.size,
+        request.bpw,
+        request.fit,
+        request.max_kl,
+        weights=header.weights,
+        ctx=request.fit_ctx,
+        model=request.model,
+    )
+    keys = measure.added_keys(None)
+    low, high = preflight.reachable(header, wanted, keys, options.grouping(request.group))
+    preflight.check_budget(budget, low, high)
+    out = options.folder(request.out, request.model)
+    preflight.check_disk(out, 2 * (budget.bytes or high))
+    return budget
+
+
+def _rivals(text: str) -> list[str] | None:
+    """Names of presets to compare with; None stands for all that fit."""
+    if text in ("all", "none"):
+        return None if text == "all" else []
+    names = [n.strip().upper() for n in text.split(",") if n.strip()]
+    for name in names:
+        if name not in presets.FTYPES:
+            raise UnknownNameError("preset", name, (n.lower() for n in presets.FTYPES))
+    return names

@@ -1,0 +1,440 @@
+"""The command line: one command per stage. Parses, calls, prints; the only place that exits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bitplan import console
+from bitplan import options as o
+from bitplan.errors import BitplanError
+from bitplan.version import __version__
+
+# click's base of all usage errors; where it lives depends on typer's version
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="bitplan",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Spend your bits where they matter: measured mixed-precision quantization.",
+)
+imatrix_app = typer.Typer(no_args_is_help=True, help="Importance matrices: collect, merge, convert.")
+app.add_typer(imatrix_app, name="imatrix")
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def _show(summary: str, document: str | dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """The summary for people, or one JSON document for programs."""
+    if as_json:
+        _print(document if isinstance(document, str) else json.dumps(document, indent=1))
+    elif not quiet:
+        _print(summary)
+
+
+@app.command()
+def measure(
+    model: o.Model,
+    text: o.Texts = None,
+    ctx: o.Ctx = 512,
+    windows: o.Count = 8,
+    scorer: o.ScorerName = "kl",
+    formats: o.Formats = "default",
+    group: o.Group = "tensor",
+    probes: o.Probes = "",
+    full: o.Full = False,
+    imatrix: o.Matrix = None,
+    no_imatrix: o.NoMatrix = False,
+    imatrix_windows: Annotated[int, typer.Option(min=1, help="Windows for collecting it.")] = 32,
+    gpu_layers: o.GpuLayers = 0,
+    seed: o.Seed = 0,
+    threads: o.Threads = 0,
+    out: o.Out = None,
+    fresh: o.Fresh = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """What each unit loses in each format -> OUT/sensitivity.json.
+
+    Stopped at any time, it goes on where it was: `bitplan measure model-f16.gguf --out here`
+    """
+    from bitplan import formats as table
+    from bitplan import measure as stage
+    from bitplan import preflight, scorers, summary
+    from bitplan.runtimes.llamacpp import LlamaModel
+
+    scorers.get(scorer)
+    wanted = o.candidates(formats, not no_imatrix)
+    settings = stage.Settings(
+        wanted, scorer, o.grouping(group), table.parse(probes) if probes else (), full, seed
+    )
+    path = o.located(model)
+    folder = o.folder(out, path)
+    with (
+        LlamaModel(path, ctx=ctx, threads=threads, swap=True, gpu_layers=gpu_layers) as opened,
+        console.progress(quiet or as_json) as report,
+    ):
+        calibration = o.cut(opened, text, "calibration", windows)
+        preflight.dry_run(opened, wanted)
+        matrix = None
+        if not no_imatrix:
+            many = o.cut(opened, text, "calibration", imatrix_windows)
+            matrix = o.collected(opened, imatrix, many, folder)
+        result = stage.run(
+            opened, calibration, settings, folder, imatrix=matrix, fresh=fresh, progress=report
+        )
+    _show(summary.of_sensitivity(result), result.dumps(), as_json, quiet)
+
+
+@app.command()
+def plan(
+    sensitivity: Annotated[Path, typer.Argument(help="sensitivity.json", show_default=False)],
+    size: o.Size = None,
+    bpw: o.Bpw = None,
+    fit: o.Fit = None,
+    ctx: Annotated[int, typer.Option(help="Context that --fit provides for.")] = 4096,
+    max_kl: o.MaxKl = None,
+    model: Annotated[str | None, typer.Option(help="The model; --fit asks about it.")] = None,
+    keep: o.Keep = None,
+    floor: o.Floor = None,
+    out: Annotated[Path | None, typer.Option(help="[default: plan.json beside it]")] = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """The best assignment within a budget -> plan.json. Never measures again.
+
+    `bitplan plan sensitivity.json --bpw 4.25 --keep output=q6_k`
+    """
+    from bitplan import plan as stage
+    from bitplan import summary
+    from bitplan.artifacts import Sensitivity, load
+
+    table = load(sensitivity, Sensitivity)
+    budget = o.chosen_budget(
+        size,
+        bpw,
+        fit,
+        max_kl,
+        weights=table.model.weights,
+        ctx=ctx,
+        model=o.located(model) if model else None,
+    )
+    result = stage.make(table, budget, pins=o.rules(keep, "--keep"), floors=o.rules(floor, "--floor"))
+    result.save(out or sensitivity.with_name("plan.json"))
+    _show(summary.of_plan(result), result.dumps(), as_json, quiet)
+
+
+@app.command()
+def quantize(
+    model: o.Model,
+    plan: Annotated[Path, typer.Option(help="plan.json", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The file. [default: beside plan.json]")] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="[default: imatrix.gguf beside plan.json]")
+    ] = None,
+    threads: o.Threads = 0,
+    allow_requantize: o.Requantize = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Write the planned model, checked tensor by tensor -> a .gguf file and quantized.json.
+
+    `bitplan quantize model-f16.gguf --plan plan.json`
+    """
+    from bitplan import quantize as stage
+    from bitplan.artifacts import Plan, load
+    from bitplan.budget import human
+
+    chosen = load(plan, Plan)
+    path = o.located(model)
+    beside = plan.with_name("imatrix.gguf")
+    matrix = imatrix or (beside if chosen.imatrix and beside.exists() else None)
+    target = out or plan.with_name(f"{path.stem}-{chosen.bpw:.2f}bpw.gguf")
+    with console.progress(quiet or as_json) as report:
+        result = stage.run(
+            path,
+            chosen,
+            target,
+            matrix=matrix,
+            threads=threads,
+            allow_requantize=allow_requantize,
+            progress=report,
+        )
+    lines = [
+        f"{target}: {human(result.bytes, exact=True)}, {result.bpw:.3f} bits per weight; every"
+        " tensor is as planned.",
+        "The same with llama.cpp's own tool:",
+        result.command,
+    ]
+    _show("\n".join(lines), result.dumps(), as_json, quiet)
+
+
+@app.command()
+def evaluate(
+    candidates: Annotated[list[Path], typer.Argument(help=".gguf files", show_default=False)],
+    reference: Annotated[str, typer.Option(help="The unquantized model.", show_default=False)],
+    text: o.Texts = None,
+    ctx: o.Ctx = 512,
+    windows: o.Count = 24,
+    speed: Annotated[bool, typer.Option(help="Measure speed and memory too.")] = True,
+    threads: o.Threads = 0,
+    out: o.Out = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Perplexity, KL divergence, agreement, speed and memory -> evaluation.json.
+
+    `bitplan evaluate mine.gguf other.gguf --reference model-f16.gguf --text wikitext2`
+    """
+    from bitplan import evaluate as stage
+    from bitplan import gguf_file, identity, summary
+    from bitplan.runtimes.llamacpp import LlamaModel
+
+    path = o.located(reference)
+    contenders = [
+        stage.Contender(p.stem, gguf_file.read(p).size, p) for p in candidates
+    ]
+    with (
+        LlamaModel(path, ctx=ctx, threads=threads) as opened,
+        console.progress(quiet or as_json) as report,
+    ):
+        held_out = o.cut(opened, text, "evaluation", windows)
+        facts = identity.model_facts(opened.header)
+        result = stage.run(opened, facts, contenders, held_out, speed=speed, progress=report)
+    result.save(o.folder(out, path) / "evaluation.json")
+    _show(summary.of_evaluation(result), result.dumps(), as_json, quiet)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder with artefacts.", show_default=False)],
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """One HTML page that works offline, Markdown, PNG, SVG and JSON from a folder's artefacts."""
+    from bitplan import report as stage
+
+    files = stage.write_from(folder)
+    _show("\n".join(str(f) for f in files), {"files": [str(f) for f in files]}, as_json, quiet)
+
+
+@app.command()
+def auto(
+    model: o.Model,
+    size: o.Size = None,
+    bpw: o.Bpw = None,
+    fit: o.Fit = None,
+    fit_ctx: o.FitCtx = 4096,
+    max_kl: o.MaxKl = None,
+    text: o.Texts = None,
+    eval_text: Annotated[
+        list[str] | None, typer.Option(help="Text for the figures. [default: as --text]")
+    ] = None,
+    ctx: o.Ctx = 512,
+    windows: o.Count = 8,
+    eval_windows: Annotated[int, typer.Option(min=2, help="Windows for the figures.")] = 24,
+    imatrix_windows: Annotated[int, typer.Option(min=1, help="Windows for collecting it.")] = 32,
+    scorer: o.ScorerName = "kl",
+    formats: o.Formats = "default",
+    group: o.Group = "tensor",
+    probes: o.Probes = "",
+    full: o.Full = False,
+    keep: o.Keep = None,
+    floor: o.Floor = None,
+    imatrix: o.Matrix = None,
+    no_imatrix: o.NoMatrix = False,
+    presets: Annotated[str, typer.Option(help="Rivals: 'all', 'none', or names.")] = "all",
+    speed: Annotated[bool, typer.Option(help="Measure speed and memory too.")] = True,
+    gpu_layers: o.GpuLayers = 0,
+    seed: o.Seed = 0,
+    threads: o.Threads = 0,
+    out: o.Out = None,
+    fresh: o.Fresh = False,
+    allow_requantize: o.Requantize = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Everything: measure, plan, quantize, evaluate against every preset that fits, report.
+
+    `bitplan auto model-f16.gguf --size 400MB`
+    """
+    from bitplan import auto as whole
+
+    request = whole.Request(
+        model=o.located(model), size=size, bpw=bpw, fit=fit, fit_ctx=fit_ctx, max_kl=max_kl,
+        text=text, eval_text=eval_text or text, ctx=ctx, windows=windows,
+        eval_windows=eval_windows, imatrix_windows=imatrix_windows, scorer=scorer,
+        formats=formats, group=group, probes=probes, full=full, keep=keep, floor=floor,
+        imatrix=imatrix, no_imatrix=no_imatrix, presets=presets, speed=speed,
+        gpu_layers=gpu_layers, seed=seed, threads=threads, out=out, fresh=fresh,
+        allow_requantize=allow_requantize,
+    )  # fmt: skip
+    with console.progress(quiet or as_json) as bars:
+        result = whole.run(request, bars)
+    _show(result.summary, result.evaluation.dumps(), as_json, quiet)
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(help="A .gguf file.", show_default=False)],
+    against: Annotated[
+        Path | None, typer.Option(help="plan.json: check that the file is what was planned.")
+    ] = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """What is in a model file, tensor by tensor; with --against, checks it against a plan.
+
+    `bitplan inspect model.gguf --against plan.json`
+    """
+    from bitplan import inspection
+    from bitplan.artifacts import Plan, load
+
+    found = inspection.look(o.located(file))
+    if against is not None:
+        inspection.check(found, load(against, Plan))
+    _show(inspection.text(found, checked=against is not None), found.document(), as_json, quiet)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("demo-out"),
+    bpw: Annotated[float, typer.Option(help="Budget in bits per weight.")] = 3.7,
+    threads: o.Threads = 0,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """`auto` on the built-in model and text; offline, a few minutes on 2 cores."""
+    from bitplan import auto as whole
+    from bitplan import demo as builtin
+
+    request = whole.Request(model=builtin.MODEL, bpw=bpw, out=out, threads=threads)
+    with console.progress(quiet or as_json) as bars:
+        result = whole.run(request, bars)
+    _show(result.summary, result.evaluation.dumps(), as_json, quiet)
+
+
+@imatrix_app.command("collect")
+def imatrix_collect(
+    model: o.Model,
+    out: Annotated[Path, typer.Option(help="File; .dat writes the legacy format.")] = Path(
+        "imatrix.gguf"
+    ),
+    text: o.Texts = None,
+    ctx: o.Ctx = 512,
+    windows: o.Count = 128,
+    gpu_layers: o.GpuLayers = 0,
+    threads: o.Threads = 0,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Collect an importance matrix that llama-quantize reads too.
+
+    `bitplan imatrix collect model-f16.gguf --text notes.txt --windows 0`
+    """
+    from bitplan import imatrix as matrices
+    from bitplan.runtimes.llamacpp import LlamaModel
+
+    path = o.located(model)
+    with (
+        LlamaModel(path, ctx=ctx, threads=threads, gpu_layers=gpu_layers) as opened,
+        console.progress(quiet or as_json) as bars,
+    ):
+        cut = o.cut(opened, text, "calibration", windows)
+        bars("imatrix", 0, cut.facts.windows)
+        captured = opened.capture(cut.tokens, ["second_moments"])
+        bars("imatrix", cut.facts.windows, cut.facts.windows)
+    matrix = matrices.from_captured(captured, cut.facts.source, cut.facts.windows, ctx)
+    _save_imatrix(matrix, out, as_json, quiet)
+
+
+@imatrix_app.command("merge")
+def imatrix_merge(
+    files: Annotated[list[Path], typer.Argument(help="GGUF or legacy files.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File; .dat writes the legacy format.")],
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Add up importance matrices of the same model; with one file, convert it."""
+    from bitplan import imatrix as matrices
+
+    matrix = matrices.merge([matrices.read(f) for f in files])
+    _save_imatrix(matrix, out, as_json, quiet)
+
+
+def _save_imatrix(matrix: Any, out: Path, as_json: bool, quiet: bool) -> None:
+    from bitplan import imatrix as matrices
+
+    (matrices.write_legacy if out.suffix == ".dat" else matrices.write)(matrix, out)
+    facts = {"file": str(out), "entries": len(matrix.entries), "chunks": matrix.chunks}
+    _show(f"{out}: {facts['entries']} tensors, {facts['chunks']} chunks.", facts, as_json, quiet)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        _print(f"bitplan {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: every error becomes one sentence and an exit code (2 usage, 1 failure)."""
+    given = sys.argv[1:] if arguments is None else arguments
+    with console.own_stdout():
+        code = _run(given)
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name="bitplan", standalone_mode=False)
+    except typer.Exit as done:
+        return done.exit_code
+    except _UsageError as error:
+        error.show(sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("stopped; what was measured is kept, the same command goes on from there.", 130)
+    except BrokenPipeError:
+        return 0
+    except BitplanError as error:
+        if "--debug" in arguments:
+            raise
+        return _fail(str(error), error.exit_code)
+    except (OSError, MemoryError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        if "--debug" in arguments:
+            raise
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return _fail(f"unexpected {what}; run again with --debug and report it.", 1)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"bitplan: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Progress bars on stderr, and a stdout that only bitplan writes to.
+
+llama.cpp and HiGHS print from C now and then; with `--json` that would spoil the document.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Report = Callable[[str, int, int], None]
+
+
+@contextlib.contextmanager
+def progress(quiet: bool) -> Iterator[Report]:
+    """A callback (what, done, total) that draws one bar per thing that is being done."""
+    console = Console(stderr=True, quiet=quiet)
+    columns = (
+        TextColumn("{task.description:>12.12}"),
+        BarColumn(bar_width=36),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, disable=quiet) as bars:
+        tasks: dict[tuple[str, int], int] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            label = what if len(what) <= 12 else what[-12:]
+            key = ("" if "." in what else what, total)  # tensors share one bar
+            if key not in tasks:
+                for old in tasks.values():
+                    bars.update(old, visible=False)  # type: ignore[arg-type]
+                tasks[key] = bars.add_task(label, total=total)
+            bars.update(tasks[key], completed=done, description=label, visible=True)  # type: ignore[arg-type]
+
+        yield report
+
+
+@contextlib.contextmanager
+def own_stdout() -> Iterator[None]:
+    """Within the block, what C libraries print goes to stderr; Python's stdout stays the user's."""
+    try:
+        real = os.dup(1)
+    except OSError:  # no stdout at all
+        yield
+        return
+    sys.stdout.flush()
+    os.dup2(2, 1)
+    before = sys.stdout
+    sys.stdout = open(real, "w", encoding=before.encoding, closefd=False)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        sys.stdout = before
+        os.close(real)

@@ -1,0 +1,178 @@
+"""The options that commands share, and how they turn into what stages take. No command here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitplan import budget, formats, hub, imatrix, text
+from bitplan.artifacts import Budget
+from bitplan.demo import corpus
+from bitplan.errors import ImatrixError, UnknownNameError, UsageError
+from bitplan.formats import Format
+from bitplan.imatrix import Imatrix
+from bitplan.runtimes.llamacpp import LlamaModel
+from bitplan.units import Grouping
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A .gguf file (any shard of several), a folder, a hub id (owner/repo[:file]), or"
+        " 'builtin'.",
+        show_default=False,
+    ),
+]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="File, 'builtin' or 'wikitext2'; repeatable. [default: builtin]"),
+]
+Ctx = Annotated[int, typer.Option(min=16, help="Tokens per window.")]
+Count = Annotated[int, typer.Option("--windows", min=0, help="Windows to use; 0 takes all.")]
+Seed = Annotated[int, typer.Option(help="For everything random.")]
+Threads = Annotated[int, typer.Option(min=0, help="0: all cores this process may use.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for results. [default: bitplan-out/NAME]")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no summary.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what an earlier run measured.")]
+Formats = Annotated[
+    str, typer.Option("--formats", help="Candidates: names with commas, 'default' or 'all'.")
+]
+ScorerName = Annotated[
+    str,
+    typer.Option(
+        "--scorer",
+        help="kl, weight_error, lim, zd, magnitude, position, random, or reverse:NAME.",
+    ),
+]
+Group = Annotated[str, typer.Option(help="What shares a format: tensor, module or layer.")]
+Probes = Annotated[
+    str,
+    typer.Option(help="Formats measured per unit, the rest is inferred. [default: one, ~3.4 bit]"),
+]
+Full = Annotated[bool, typer.Option("--full", help="Measure every cell, infer none.")]
+Matrix = Annotated[
+    Path | None,
+    typer.Option("--imatrix", help="Importance matrix file. [default: collected from the text]"),
+]
+NoMatrix = Annotated[bool, typer.Option("--no-imatrix", help="Round without importance matrix.")]
+GpuLayers = Annotated[int, typer.Option(help="Layers on the GPU; -1 puts all there.")]
+Size = Annotated[str | None, typer.Option(help="Bytes of the file: 400MB, 3.5GiB.")]
+Bpw = Annotated[float | None, typer.Option(help="Bits per weight, metadata included: 4.25.")]
+Fit = Annotated[str | None, typer.Option(help="Memory for weights, KV cache and buffers: 8GB.")]
+FitCtx = Annotated[int, typer.Option("--fit-ctx", help="Context that --fit provides for.")]
+MaxKl = Annotated[float | None, typer.Option(help="Smallest file with predicted KL up to this.")]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(help="Pin: PATTERN=FORMAT on unit or role, e.g. 'output=q6_k'; repeatable."),
+]
+Floor = Annotated[
+    list[str] | None,
+    typer.Option(help="At least: PATTERN=FORMAT, e.g. 'attn_v=q4_k'; repeatable."),
+]
+Requantize = Annotated[
+    bool, typer.Option("--allow-requantize", help="Accept a model that is quantized already.")
+]
+
+
+def grouping(name: str) -> Grouping:
+    """Raises UnknownNameError for anything but tensor, module and layer."""
+    if name in ("tensor", "module", "layer"):
+        return name  # type: ignore[return-value]
+    raise UnknownNameError("group", name, ("tensor", "module", "layer"))
+
+
+def folder(out: Path | None, model: Path) -> Path:
+    return out or Path("bitplan-out") / model.stem
+
+
+def located(name: str) -> Path:
+    return hub.locate(name)
+
+
+def cut(
+    model: LlamaModel, sources: Sequence[str] | None, purpose: corpus.Part, count: int
+) -> text.Windows:
+    """Windows of the wanted text, for calibration or evaluation."""
+    named = list(sources or ["builtin"])
+    return text.windows(
+        text.load(named, purpose),
+        model.tokenize,
+        ctx=model.ctx,
+        count=count,
+        bos=model.bos,
+        source="+".join(named) + (f":{purpose}" if "builtin" in named else ""),
+    )
+
+
+def candidates(names: str, with_imatrix: bool) -> list[Format]:
+    """The candidate formats. Raises ImatrixError for those that need a matrix there is none of."""
+    wanted = formats.parse(names)
+    needy = [f.name for f in wanted if f.needs_imatrix]
+    if needy and not with_imatrix:
+        if names in ("default", "all"):
+            return [f for f in wanted if not f.needs_imatrix]
+        raise ImatrixError(
+            f"{', '.join(needy)} cannot be written without an importance matrix; leave out"
+            " --no-imatrix or leave out these formats."
+        )
+    return wanted
+
+
+def collected(model: LlamaModel, path: Path | None, windows: text.Windows, out: Path) -> Imatrix:
+    """The importance matrix: read where one is named, else collected; a copy lies in OUT."""
+    if path is not None:
+        matrix = imatrix.read(path)
+        imatrix.check(matrix, model.header)
+    else:
+        captured = model.capture(windows.tokens, ["second_moments"])
+        facts = windows.facts
+        matrix = imatrix.from_captured(captured, facts.source, facts.windows, facts.ctx)
+    out.mkdir(parents=True, exist_ok=True)
+    imatrix.write(matrix, out / "imatrix.gguf")
+    return matrix
+
+
+def chosen_budget(
+    size: str | None,
+    bpw: float | None,
+    fit: str | None,
+    max_kl: float | None,
+    *,
+    weights: int,
+    ctx: int,
+    model: Path | None,
+) -> Budget:
+    """The one budget that was given. Raises UsageError for none or several."""
+    if sum(x is not None for x in (size, bpw, fit, max_kl)) != 1:
+        raise UsageError(
+            "give one budget: --size 400MB, --bpw 4.25, --fit 8GB --fit-ctx 8192, or --max-kl 0.02."
+        )
+    if size is not None:
+        return budget.of_size(size)
+    if bpw is not None:
+        return budget.of_bpw(bpw, weights)
+    if max_kl is not None:
+        return budget.of_damage(max_kl)
+    assert fit is not None
+    if model is None:
+        raise UsageError("--fit asks llama.cpp about the model itself; name it with --model.")
+    from bitplan import engine_memory
+
+    return budget.of_memory(fit, engine_memory.overhead(model, ctx), ctx)
+
+
+def rules(items: Sequence[str] | None, option: str) -> dict[str, str]:
+    """`PATTERN=FORMAT` items as a dictionary. Raises UsageError, UnknownNameError."""
+    found = {}
+    for item in items or []:
+        pattern, equals, name = item.rpartition("=")
+        if not equals or not pattern:
+            raise UsageError(f"{option} {item!r}: write PATTERN=FORMAT, such as 'output=q6_k'.")
+        found[pattern] = formats.get(name).name
+    return found

@@ -1,0 +1,98 @@
+"""Fail before the work, not after it: is the budget reachable, is there memory and disk?"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitplan import gguf_layout, units
+from bitplan.artifacts import Budget
+from bitplan.budget import human
+from bitplan.errors import BudgetError, ModelFileError, RuntimeFailure, WriteError
+from bitplan.formats import Format
+from bitplan.gguf_file import Header
+from bitplan.runtimes.llamacpp import LlamaModel
+
+
+def reachable(
+    header: Header,
+    wanted: Sequence[Format],
+    keys: gguf_layout.Keys,
+    grouping: units.Grouping = "tensor",
+) -> tuple[int, int]:
+    """Smallest and largest file that the candidate formats make, leaving as is included."""
+    low = high = gguf_layout.fixed_bytes(header, keys)
+    for unit in units.find(header, grouping):
+        sizes = [unit.nbytes(f) for f in units.candidates(unit, wanted)]
+        sizes.append(unit.nbytes(unit.tensors[0].fmt))
+        low, high = low + min(sizes), high + max(sizes)
+    return low, high
+
+
+def check_budget(budget: Budget, low: int, high: int) -> None:
+    """Raises BudgetError, with the range, for a size that no plan can have."""
+    if budget.max_kl is None and not low <= budget.bytes <= high:
+        side = "below the smallest" if budget.bytes < low else "above the largest"
+        raise BudgetError(
+            f"budget {budget.text} is {human(budget.bytes)}, {side} reachable size; choose between"
+            f" {human(low, exact=True)} and {human(high, exact=True)}."
+        )
+
+
+def check_source(header: Header, allow_requantize: bool) -> None:
+    """Raises ModelFileError for a model that is quantized already."""
+    done = [t for t in header.tensors if units.quantizable(t) and not t.fmt.is_float]
+    if done and not allow_requantize:
+        raise ModelFileError(
+            f"{header.path}: is quantized already ({done[0].name} is {done[0].fmt.name}); start from"
+            " the F16 or BF16 file, or accept the double loss with --allow-requantize."
+        )
+
+
+def check_memory(header: Header) -> None:
+    """Raises RuntimeFailure when the weights do not fit in the memory that is free."""
+    free = available_memory()
+    if free is not None and header.size > free:
+        raise RuntimeFailure(
+            f"{header.path}: needs {human(header.size)} of memory to be measured, but only"
+            f" {human(free)} is free; use its Q8_0 file as the reference (with --allow-requantize)."
+        )
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Raises WriteError when the results would not fit on the disk."""
+    folder = out
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise WriteError(f"{out}: needs {human(needed)}, but only {human(free)} is free; make room.")
+
+
+def dry_run(model: LlamaModel, wanted: Sequence[Format]) -> None:
+    """Round one unit and put it back, so that what cannot work fails now."""
+    found = model.units()
+    unit = min(found, key=lambda u: u.weights)
+    smallest = [f for f in units.candidates(unit, wanted) if not f.needs_imatrix][-1:]
+    for fmt in smallest:
+        with model.rounded(unit.types(fmt)):
+            pass
+    missing = [t.name for u in found for t in u.tensors if t.name not in model.weights.names()]
+    if missing:
+        raise RuntimeFailure(
+            f"{model.path}: {missing[0]} takes no part in a plain run of the model, so its damage"
+            " cannot be measured."
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes of memory free for use; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
