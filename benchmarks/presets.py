@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bitplan import budget, demo, evaluate, formats, identity, imatrix, measure, plan, presets, text
-from bitplan.artifacts import Budget, Sensitivity, load
+from bitplan import demo, evaluate, formats, imatrix, measure, plan, presets, text
+from bitplan.artifacts import Budget
+from bitplan.demo import corpus
 from bitplan.metrics import mean
 from bitplan.runtimes.llamacpp import LlamaModel, engine_version
 from bitplan.writers import gguf
@@ -53,17 +54,19 @@ def main() -> None:
     show(rows, args)
 
 
+def cut(model: LlamaModel, source: str, part: corpus.Part, count: int) -> text.Windows:
+    body = text.load([source], part)
+    return text.windows(body, model.tokenize, ctx=512, count=count, bos=model.bos, source=source)
+
+
 def compare(args: argparse.Namespace, out: Path) -> list[dict[str, float | str]]:
     with LlamaModel(args.model, swap=True) as model:
-        cut = lambda source, purpose, n: text.windows(  # noqa: E731
-            text.load([source], purpose), model.tokenize, ctx=512, count=n, bos=model.bos, source=source
-        )
-        calibration = cut(args.calibration, "calibration", args.imatrix_windows)
-        held_out = cut(args.evaluation, "evaluation", args.held_out)
+        calibration = cut(model, args.calibration, "calibration", args.imatrix_windows)
+        held_out = cut(model, args.evaluation, "evaluation", args.held_out)
         captured = model.capture(calibration.tokens, ["second_moments"])
         matrix = imatrix.from_captured(captured, args.calibration, len(calibration.tokens), 512)
         imatrix.write(matrix, out / "imatrix.gguf")
-        measured = cut(args.calibration, "calibration", args.windows)
+        measured = cut(model, args.calibration, "calibration", args.windows)
         settings = measure.Settings(formats.parse(args.formats), full=args.full)
         sensitivity = measure.run(model, measured, settings, out, imatrix=matrix)
         keys = measure.added_keys(matrix)
@@ -75,9 +78,14 @@ def compare(args: argparse.Namespace, out: Path) -> list[dict[str, float | str]]
         for preset in pairs:
             target = Budget(text=preset.name, bytes=preset.bytes)
             chosen = plan.make(sensitivity, target)
-            for name, types in ((preset.name, preset.types), (f"plan@{preset.name}", chosen.tensors)):
+            for name, types in (
+                (preset.name, preset.types),
+                (f"plan@{preset.name}", chosen.tensors),
+            ):
                 path = out / f"{name}.gguf"
-                gguf.write(model.header, types, path, plan_hash=chosen.hash(), matrix=out / "imatrix.gguf")
+                gguf.write(
+                    model.header, types, path, plan_hash=chosen.hash(), matrix=out / "imatrix.gguf"
+                )
                 contenders.append(evaluate.Contender(name, path.stat().st_size, path))
         _, figures = evaluate.tokens(model, contenders, held_out, {})
     rows: list[dict[str, float | str]] = []
@@ -97,13 +105,17 @@ def compare(args: argparse.Namespace, out: Path) -> list[dict[str, float | str]]
 
 
 def show(rows: list[dict[str, float | str]], args: argparse.Namespace) -> None:
-    print(f"{args.model.name}, {args.held_out} held-out windows of 512, llama-cpp-python"
-          f" {engine_version()}, Python {platform.python_version()}\n")
+    print(
+        f"{args.model.name}, {args.held_out} held-out windows of 512, llama-cpp-python"
+        f" {engine_version()}, Python {platform.python_version()}\n"
+    )
     print("| size of | bytes | preset's KL | plan's KL | difference | ratio |")
     print("|---|---|---|---|---|---|")
     for r in rows:
-        print(f"| {r['preset']} | {r['bytes']:,} | {r['preset_kl']:.4f} | {r['plan_kl']:.4f} |"
-              f" {r['difference']:.4f} ± {r['stderr']:.4f} | {r['ratio']:.2f} |")
+        print(
+            f"| {r['preset']} | {r['bytes']:,} | {r['preset_kl']:.4f} | {r['plan_kl']:.4f} |"
+            f" {r['difference']:.4f} ± {r['stderr']:.4f} | {r['ratio']:.2f} |"
+        )
     print(f"\nmean ratio {np.mean([float(r['ratio']) for r in rows]):.3f}")
 
 

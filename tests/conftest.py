@@ -126,12 +126,12 @@ def tiny(tiny_gguf: Path) -> Iterator[LlamaModel]:
         yield model
 
 
-def _write_model(path: Path, experts: int) -> None:
+def _write_model(path: Path, experts: int, layers: int = LAYERS) -> None:
     out = gguf.GGUFWriter(path, "llama")
     out.add_name("tiny")
     out.add_context_length(CTX)
     out.add_embedding_length(DIM)
-    out.add_block_count(LAYERS)
+    out.add_block_count(layers)
     out.add_feed_forward_length(FFN)
     out.add_head_count(HEADS)
     out.add_head_count_kv(KV_HEADS)
@@ -143,7 +143,7 @@ def _write_model(path: Path, experts: int) -> None:
         out.add_expert_used_count(USED)
     vocabulary = _add_vocabulary(out)
     rng = np.random.default_rng(20260101)
-    for name, shape in _shapes(vocabulary, experts).items():
+    for name, shape in _shapes(vocabulary, experts, layers).items():
         values = rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
         if name.endswith("norm.weight"):
             values = 1 + values
@@ -155,11 +155,11 @@ def _write_model(path: Path, experts: int) -> None:
     out.close()
 
 
-def _shapes(vocabulary: int, experts: int) -> dict[str, tuple[int, ...]]:
+def _shapes(vocabulary: int, experts: int, layers: int) -> dict[str, tuple[int, ...]]:
     kv = DIM // HEADS * KV_HEADS
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (vocabulary, DIM)}
     ffn, many = ("_exps", (experts,)) if experts else ("", ())
-    for i in range(LAYERS):
+    for i in range(layers):
         block: dict[str, tuple[int, ...]] = {
             "attn_norm": (DIM,),
             "attn_q": (DIM, DIM),
@@ -194,3 +194,11 @@ def _add_vocabulary(out: gguf.GGUFWriter) -> int:
     out.add_eos_token_id(len(tokens) - 1)
     out.add_add_bos_token(True)
     return len(tokens)
+
+
+@pytest.fixture(scope="session")
+def twelve_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_gguf` with 12 layers, so that blk.1, blk.10 and blk.11 exist."""
+    path = tmp_path_factory.mktemp("twelve") / "twelve.gguf"
+    _write_model(path, experts=0, layers=12)
+    return path

@@ -1,4 +1,4 @@
-"""Inferred cells: exact where damage really is proportional, sensible where it is measured twice."""
+"""Inferred cells: exact where damage is proportional, sensible where it is not."""
 
 from __future__ import annotations
 
@@ -58,7 +58,11 @@ def test_a_negative_measurement_infers_no_negative_damage() -> None:
 
 
 def test_reversing_trades_rows_and_twice_is_where_it_began() -> None:
-    rows = [s for name, v in (("a", 1.0), ("b", 2.0), ("c", 5.0)) for s in filled({"q2_k": v}, name).values()]
+    rows = [
+        s
+        for name, v in (("a", 1.0), ("b", 2.0), ("c", 5.0))
+        for s in filled({"q2_k": v}, name).values()
+    ]
     once = inference.reversed_rows(rows)
     at = {s.unit: s.damage for s in once if s.format == "q2_k"}
     assert at == pytest.approx({"a": 5.0, "b": 2.0, "c": 1.0})

@@ -17,7 +17,9 @@ _UNITS = st.lists(st.lists(_OPTION, min_size=1, max_size=4), min_size=1, max_siz
 
 def units_of(rows: list[list[tuple[int, float]]]) -> list[Options]:
     return [
-        Options(np.array([32 * b for b, _ in row], np.int64), np.array([round(d, 6) for _, d in row]))
+        Options(
+            np.array([32 * b for b, _ in row], np.int64), np.array([round(d, 6) for _, d in row])
+        )
         for row in rows
     ]
 
@@ -45,7 +47,7 @@ def test_least_damage_is_the_best_of_all_assignments(
     assert choice is not None
     spent, damage = cost(units, choice)
     assert spent <= budget
-    # HiGHS stops at a relative gap of 1e-9 and feasibility of 1e-6 in units of 1/1000 of the largest
+    # HiGHS stops at a relative gap of 1e-9 and feasibility of 1e-6 x largest / 1000
     assert damage <= min(d for b, d in known if b <= budget) + 1e-8
 
 
@@ -87,7 +89,10 @@ def test_a_model_of_80_layers_is_solved_to_the_byte() -> None:
     sizes = rng.integers(10**6, 10**9, 560) // 32 * 32
     bits = np.array([2.6, 3.1, 3.4, 4.25, 4.5, 5.5, 6.6, 8.5])
     damage = rng.lognormal(-9, 2, (560, 1)) * 4.0 ** -(bits - 2.6)
-    units = [Options((s * bits / 8).astype(np.int64) // 32 * 32, d) for s, d in zip(sizes, damage, strict=True)]
+    units = [
+        Options((s * bits / 8).astype(np.int64) // 32 * 32, d)
+        for s, d in zip(sizes, damage, strict=True)
+    ]
     budget = int(sizes.sum() * 4.2 / 8)
     choice = least_damage(units, budget)
     assert choice is not None

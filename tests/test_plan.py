@@ -13,6 +13,7 @@ from bitplan.artifacts import (
     Budget,
     ModelFacts,
     Origin,
+    Plan,
     Score,
     Sensitivity,
     TextFacts,
@@ -27,7 +28,7 @@ FIXED = 4096
 
 def table(layers: int = 12, weights: int = 65536) -> Sensitivity:
     """Two roles per layer and an embedding; the damage falls with bits and varies by unit."""
-    units = [("token_embd", None, "token_embd")]
+    units: list[tuple[str, int | None, str]] = [("token_embd", None, "token_embd")]
     units += [
         (f"blk.{i}.{role}", i, role) for i in range(layers) for role in ("attn_v", "ffn_down")
     ]
@@ -62,7 +63,7 @@ def table(layers: int = 12, weights: int = 65536) -> Sensitivity:
     )  # fmt: skip
 
 
-def size_of(made: plan.Plan) -> int:
+def size_of(made: Plan) -> int:
     shape = (256, 256)
     return FIXED + sum(formats.nbytes(formats.get(f), shape) for f in made.formats.values())
 

@@ -5,7 +5,7 @@
     python tools/train_demo_model.py --steps 20 --out /tmp/try
 
 Reads the training part of the built-in corpus (`bitplan.demo.corpus`); writes OUT/model.gguf
-(Llama architecture, BF16, its tokenizer inside) and OUT/card.json (data, steps, time, held-out
+(Llama architecture, BF16, its tokenizer inside) and OUT/training.json (data, steps, time, held-out
 perplexity and bits per byte beside trivial baselines). One file, read it from top to bottom: the
 tokenizer, the model, the training loop, the export.
 """
@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
-from bitplan.demo import corpus  # noqa: E402
+from bitplan.demo import corpus
 
 BOS = "<|bos|>"
 
@@ -319,7 +319,7 @@ def main() -> None:
         "bits_per_byte": nll / math.log(2) / bytes_per_token,
         "bits_per_byte_of_baselines": baselines(data, ids, text),
     }
-    (args.out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    (args.out / "training.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card, indent=2))
 
 

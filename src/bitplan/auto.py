@@ -11,6 +11,7 @@ from pathlib import Path
 from bitplan import (
     contest,
     formats,
+    identity,
     measure,
     options,
     plan,
@@ -22,6 +23,7 @@ from bitplan import (
 )
 from bitplan.artifacts import Budget, Evaluation
 from bitplan.budget import human
+from bitplan.contest import Rivals
 from bitplan.errors import UnknownNameError
 from bitplan.gguf_file import Header, read
 from bitplan.measure import Progress
@@ -53,7 +55,7 @@ class Request:
     floor: list[str] | None = None
     imatrix: Path | None = None
     no_imatrix: bool = False
-    presets: str = "all"
+    presets: str = "near"
     speed: bool = True
     gpu_layers: int = 0
     seed: int = 0
@@ -86,15 +88,16 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
         calibration = options.cut(model, request.text, "calibration", request.windows)
         held_out = options.cut(model, request.eval_text, "evaluation", request.eval_windows)
         preflight.dry_run(model, wanted)
-        matrix = None
+        facts, matrix = identity.model_facts(header), None
         if not request.no_imatrix:
             many = options.cut(model, request.text, "calibration", request.imatrix_windows)
-            matrix = options.collected(model, request.imatrix, many, out)
+            matrix = options.collected(model, facts, request.imatrix, many, out)
         sensitivity = measure.run(
             model,
             calibration,
             settings,
             out,
+            facts=facts,
             imatrix=matrix,
             fresh=request.fresh,
             progress=progress,
@@ -125,7 +128,9 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
         f"{result.file}  {human(result.file.stat().st_size)}",
         f"{page}  open it in a browser",
     ]
-    return Outcome(result.evaluation, result.file, "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:]))
+    return Outcome(
+        result.evaluation, result.file, "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:])
+    )
 
 
 def _settings(request: Request) -> tuple[list[formats.Format], measure.Settings]:
@@ -162,11 +167,11 @@ def _checked_budget(request: Request, header: Header, wanted: list[formats.Forma
     return budget
 
 
-def _rivals(text: str) -> list[str] | None:
-    """Names of presets to compare with; None stands for all that fit."""
-    if text in ("all", "none"):
-        return None if text == "all" else []
-    names = [n.strip().upper() for n in text.split(",") if n.strip()]
+def _rivals(text: str) -> Rivals:
+    """Which presets to compare with. Raises UnknownNameError."""
+    if text in ("near", "all"):
+        return "near" if text == "near" else "all"
+    names = [n.strip().upper() for n in text.split(",") if n.strip()] if text != "none" else []
     for name in names:
         if name not in presets.FTYPES:
             raise UnknownNameError("preset", name, (n.lower() for n in presets.FTYPES))

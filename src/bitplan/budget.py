@@ -16,7 +16,7 @@ _SIZE = re.compile(r"^\s*([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*$")
 
 
 def parse_size(text: str, option: str = "--size") -> int:
-    """"400MB", "1.5 GiB", "123456" -> bytes. Decimal units are powers of 1000."""
+    """ "400MB", "1.5 GiB", "123456" -> bytes. Decimal units are powers of 1000."""
     match = _SIZE.match(text)
     unit = match[2].lower() if match else None
     if match is None or unit not in _UNITS:
@@ -42,7 +42,7 @@ def of_bpw(bpw: float, weights: int) -> Budget:
 
 
 def of_memory(text: str, overhead: int, ctx: int) -> Budget:
-    """Memory that weights, KV cache and compute buffers share. overhead: bytes of the latter two."""
+    """Memory for weights, KV cache and compute buffers; overhead: bytes of the latter two."""
     total = parse_size(text, "--fit")
     if overhead >= total:
         raise UsageError(

@@ -25,7 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Spend your bits where they matter: measured mixed-precision quantization.",
 )
-imatrix_app = typer.Typer(no_args_is_help=True, help="Importance matrices: collect, merge, convert.")
+imatrix_app = typer.Typer(
+    no_args_is_help=True, help="Importance matrices: collect, merge, convert."
+)
 app.add_typer(imatrix_app, name="imatrix")
 
 
@@ -69,8 +71,8 @@ def measure(
     Stopped at any time, it goes on where it was: `bitplan measure model-f16.gguf --out here`
     """
     from bitplan import formats as table
+    from bitplan import identity, preflight, scorers, summary
     from bitplan import measure as stage
-    from bitplan import preflight, scorers, summary
     from bitplan.runtimes.llamacpp import LlamaModel
 
     scorers.get(scorer)
@@ -86,12 +88,19 @@ def measure(
     ):
         calibration = o.cut(opened, text, "calibration", windows)
         preflight.dry_run(opened, wanted)
-        matrix = None
+        facts, matrix = identity.model_facts(opened.header), None
         if not no_imatrix:
             many = o.cut(opened, text, "calibration", imatrix_windows)
-            matrix = o.collected(opened, imatrix, many, folder)
+            matrix = o.collected(opened, facts, imatrix, many, folder)
         result = stage.run(
-            opened, calibration, settings, folder, imatrix=matrix, fresh=fresh, progress=report
+            opened,
+            calibration,
+            settings,
+            folder,
+            facts=facts,
+            imatrix=matrix,
+            fresh=fresh,
+            progress=report,
         )
     _show(summary.of_sensitivity(result), result.dumps(), as_json, quiet)
 
@@ -102,7 +111,9 @@ def plan(
     size: o.Size = None,
     bpw: o.Bpw = None,
     fit: o.Fit = None,
-    ctx: Annotated[int, typer.Option(help="Context that --fit provides for.")] = 4096,
+    ctx: Annotated[
+        int, typer.Option("--ctx", "--fit-ctx", help="Context that --fit provides for.")
+    ] = 4096,
     max_kl: o.MaxKl = None,
     model: Annotated[str | None, typer.Option(help="The model; --fit asks about it.")] = None,
     keep: o.Keep = None,
@@ -130,7 +141,9 @@ def plan(
         ctx=ctx,
         model=o.located(model) if model else None,
     )
-    result = stage.make(table, budget, pins=o.rules(keep, "--keep"), floors=o.rules(floor, "--floor"))
+    result = stage.make(
+        table, budget, pins=o.rules(keep, "--keep"), floors=o.rules(floor, "--floor")
+    )
     result.save(out or sensitivity.with_name("plan.json"))
     _show(summary.of_plan(result), result.dumps(), as_json, quiet)
 
@@ -204,9 +217,7 @@ def evaluate(
     from bitplan.runtimes.llamacpp import LlamaModel
 
     path = o.located(reference)
-    contenders = [
-        stage.Contender(p.stem, gguf_file.read(p).size, p) for p in candidates
-    ]
+    contenders = [stage.Contender(p.stem, gguf_file.read(p).size, p) for p in candidates]
     with (
         LlamaModel(path, ctx=ctx, threads=threads) as opened,
         console.progress(quiet or as_json) as report,
@@ -257,7 +268,9 @@ def auto(
     floor: o.Floor = None,
     imatrix: o.Matrix = None,
     no_imatrix: o.NoMatrix = False,
-    presets: Annotated[str, typer.Option(help="Rivals: 'all', 'none', or names.")] = "all",
+    presets: Annotated[
+        str, typer.Option(help="Rivals: 'near' the budget, 'all' that fit, 'none', or names.")
+    ] = "near",
     speed: Annotated[bool, typer.Option(help="Measure speed and memory too.")] = True,
     gpu_layers: o.GpuLayers = 0,
     seed: o.Seed = 0,
@@ -416,7 +429,9 @@ def _run(arguments: list[str]) -> int:
         error.show(sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("stopped; what was measured is kept, the same command goes on from there.", 130)
+        return _fail(
+            "stopped; what was measured is kept, the same command goes on from there.", 130
+        )
     except BrokenPipeError:
         return 0
     except BitplanError as error:

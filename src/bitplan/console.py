@@ -52,7 +52,7 @@ def own_stdout() -> Iterator[None]:
     sys.stdout.flush()
     os.dup2(2, 1)
     before = sys.stdout
-    sys.stdout = open(real, "w", encoding=before.encoding, closefd=False)
+    sys.stdout = os.fdopen(real, "w", encoding=before.encoding, closefd=False)
     try:
         yield
     finally:

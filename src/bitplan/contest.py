@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from bitplan import evaluate, plan, presets, quantize, refine
+from bitplan import evaluate, presets, quantize, refine
 from bitplan.artifacts import Evaluation, Plan, Quantized, Sensitivity
 from bitplan.evaluate import Contender
 from bitplan.imatrix import Imatrix
@@ -25,6 +26,7 @@ from bitplan.text import Windows
 from bitplan.writers import gguf
 
 Progress = Callable[[str, int, int], None]
+Rivals = Literal["near", "all"] | list[str]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def run(
     *,
     imatrix: Imatrix | None = None,
     floors: Mapping[str, str] | None = None,
-    rivals: Sequence[str] | None = None,
+    rivals: Rivals = "near",
     speed: bool = True,
     allow_requantize: bool = False,
     progress: Progress = lambda *_: None,
@@ -59,9 +61,9 @@ def run(
         model, sensitivity, wanted, calibration, importance, floors=floors, progress=progress
     )
     chosen.save(out / "plan.json")
-    fitting = presets.fitting(model.header, wanted.budget.bytes, keys, matrix)
-    if rivals is not None:
-        fitting = [p for p in fitting if p.name in rivals]
+    fitting = wanted_rivals(
+        presets.fitting(model.header, wanted.budget.bytes, keys, matrix), rivals
+    )
     rival = best_preset(model, fitting, calibration, importance, progress)
     files = {"plan": out / f"{model.path.stem}-{chosen.bpw:.2f}bpw.gguf"}
     quantized = quantize.run(
@@ -100,13 +102,25 @@ def run(
         parents={"plan": chosen.hash(), "sensitivity": sensitivity.hash()},
         progress=progress,
     )
-    best = min(files, key=lambda name: evaluation.kl(name))
+    best = min(files, key=evaluation.kl)
     evaluation = evaluation.model_copy(update={"shipped": best})
     evaluation.save(out / "evaluation.json")
     for name, path in files.items():
         if name != best:
             path.unlink()
     return Result(chosen, evaluation, quantized if best == "plan" else None, files[best])
+
+
+def wanted_rivals(fitting: Sequence[Preset], rivals: Rivals) -> list[Preset]:
+    """Those of the presets that fit which are worth running, largest first.
+
+    `near`: within a fifth of the largest, and three at least; what is far smaller loses far more.
+    """
+    if rivals == "all":
+        return list(fitting)
+    if rivals == "near":
+        return [p for i, p in enumerate(fitting) if i < 3 or p.bytes >= 0.8 * fitting[0].bytes]
+    return [p for p in fitting if p.name in rivals]
 
 
 def best_preset(

@@ -57,9 +57,7 @@ def run(
         bpw = 8 * nbytes / facts.weights
         found = metrics.all_of(Case(t, own, nbytes, bpw, path, threads, speed))
         file = path.name if path else ""
-        return Candidate(
-            name=name, how=how, file=file, bytes=nbytes, bpw=bpw, measurements=found
-        )
+        return Candidate(name=name, how=how, file=file, bytes=nbytes, bpw=bpw, measurements=found)
 
     return Evaluation(
         schema=schema_of(Evaluation),
@@ -132,9 +130,7 @@ def _figures(
     )
 
 
-def _open(
-    stack: contextlib.ExitStack, contender: Contender, reference: LlamaModel
-) -> LlamaModel:
+def _open(stack: contextlib.ExitStack, contender: Contender, reference: LlamaModel) -> LlamaModel:
     assert contender.path is not None
     opened = LlamaModel(contender.path, ctx=reference.ctx, threads=reference.threads)
     model = stack.enter_context(opened)
@@ -173,8 +169,6 @@ def compare(
         better, worse = sorted((chosen, other), key=average.__getitem__)
         difference, error = mean(figures[worse].kl - figures[better].kl)
         found.append(
-            Comparison(
-                better=better, worse=worse, metric="kl", difference=difference, stderr=error
-            )
+            Comparison(better=better, worse=worse, metric="kl", difference=difference, stderr=error)
         )
     return found

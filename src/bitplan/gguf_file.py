@@ -19,7 +19,19 @@ from pathlib import Path
 from bitplan.errors import ModelFileError
 from bitplan.formats import BY_TYPE, Format
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 _MAX_COUNT = 1 << 20  # tensors or metadata keys; the largest models have some thousands
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -107,7 +119,9 @@ class _Cursor:
                 else:
                     self.skip_array(depth + 1)
         else:
-            raise ModelFileError(f"{self.path}: the metadata holds an array of unknown type {kind}.")
+            raise ModelFileError(
+                f"{self.path}: the metadata holds an array of unknown type {kind}."
+            )
         return count
 
 

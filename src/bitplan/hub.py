@@ -27,7 +27,8 @@ def locate(name: str) -> Path:
         files = sorted(p.name for p in path.glob("*.gguf"))
         return path / choose(files, "", f"folder {path}")
     match = _HUB_ID.match(name)
-    if path.exists() or match is None or name.endswith(".gguf") and ":" not in name:
+    plain_file = name.endswith(".gguf") and ":" not in name
+    if path.exists() or match is None or plain_file:
         return path
     return _download(match[1], match[2] or "")
 

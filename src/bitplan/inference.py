@@ -7,6 +7,7 @@ or two measured formats give a unit's sensitivity, and the rest follow from the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def _interpolated(ratios: list[Ratio], error: float) -> tuple[float, float]:
         return 0.0, 0.0
     if error <= ratios[0].error or len(ratios) == 1:
         return ratios[0].value, ratios[0].relative_stderr
-    for a, b in zip(ratios, ratios[1:], strict=False):
+    for a, b in itertools.pairwise(ratios):
         if error <= b.error:
             t = math.log(error / a.error) / math.log(b.error / a.error)
             relative = a.relative_stderr + t * (b.relative_stderr - a.relative_stderr)
@@ -157,6 +158,8 @@ def reversed_rows(scores: Sequence[Score]) -> list[Score]:
         for name, other in zip(order, reversed(order), strict=True)
     }
     return [
-        s.model_copy(update={"damage": s.damage * factor[s.unit], "stderr": s.stderr * factor[s.unit]})
+        s.model_copy(
+            update={"damage": s.damage * factor[s.unit], "stderr": s.stderr * factor[s.unit]}
+        )
         for s in scores
     ]

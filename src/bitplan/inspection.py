@@ -74,10 +74,11 @@ def _formats(tensors: tuple[Tensor, ...]) -> list[str]:
         size[t.fmt.name] += t.nbytes
         count[t.fmt.name] += 1
     total = max(sum(size.values()), 1)
-    return [
-        f"{name:>8}  {count[name]:5d} tensors  {human(nbytes):>8}  {'█' * round(40 * nbytes / total)}"
-        for name, nbytes in size.most_common()
-    ]
+    lines = []
+    for name, nbytes in size.most_common():
+        bar = "█" * round(40 * nbytes / total)
+        lines.append(f"{name:>8}  {count[name]:5d} tensors  {human(nbytes):>8}  {bar}")
+    return lines
 
 
 def _layers(header: Header) -> list[str]:

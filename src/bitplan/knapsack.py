@@ -7,6 +7,7 @@ descent of each unit's own hull (exact for the Lagrangian relaxation: Everett 19
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +53,7 @@ def _solve(units: list[Options], minimise: str, limit: float) -> Choice | None:
     for _ in range(8):
         result = milp(
             goal / goal_scale,
-            integrality=np.ones(len(goal)),
+            integrality=np.ones(len(goal), np.int64),
             bounds=Bounds(0, 1),
             constraints=[
                 LinearConstraint(ones, 1, 1),
@@ -97,7 +98,7 @@ def frontier(units: list[Options]) -> tuple[Choice, list[Step]]:
     start = np.array([h[0] for h in hulls])
     moves: list[tuple[float, int, int, int]] = []
     for i, (unit, hull) in enumerate(zip(units, hulls, strict=True)):
-        for rank, (here, there) in enumerate(zip(hull, hull[1:], strict=False)):
+        for rank, (here, there) in enumerate(itertools.pairwise(hull)):
             gain = float(unit.damage[here] - unit.damage[there])
             moves.append((-gain / float(unit.bytes[there] - unit.bytes[here]), i, rank, there))
     moves.sort()

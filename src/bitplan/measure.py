@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from bitplan import gguf_layout, identity, inference, scorers
-from bitplan.artifacts import Origin, Score, Sensitivity, schema_of
+from bitplan.artifacts import ModelFacts, Origin, Score, Sensitivity, load, schema_of
 from bitplan.divergence import Mean
+from bitplan.errors import ArtifactError
 from bitplan.formats import Format
 from bitplan.imatrix import Imatrix
 from bitplan.journal import Journal
@@ -51,17 +52,20 @@ def run(
     settings: Settings,
     out: Path,
     *,
+    facts: ModelFacts | None = None,
     imatrix: Imatrix | None = None,
     fresh: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Sensitivity:
-    """Measure a model and write OUT/sensitivity.json.
+    """Measure a model and write OUT/sensitivity.json; one that is there already is taken as it is.
+
+    facts: `identity.model_facts` of the model, where the caller has them.
 
     Raises UnknownNameError for a scorer that does not exist, ArtifactError when OUT holds
     measurements of other work.
     """
     scorer, reverse = scorers.get(settings.scorer)
-    facts = identity.model_facts(model.header)
+    facts = facts or identity.model_facts(model.header)
     parents = {"model": facts.sha256, "text": windows.facts.sha256}
     parents["imatrix"] = imatrix.hash() if imatrix else ""
     origin = Origin(
@@ -70,6 +74,8 @@ def run(
         seed=settings.seed,
         settings=_recorded(settings, model),
     )
+    if not fresh and (there := _made_before(out, origin, windows)):
+        return there
     found = model.units(settings.grouping)
     rows = {u.name: candidates(u, settings.formats) for u in found}
     everything = [(u, f) for u in found for f in rows[u.name] if f != u.tensors[0].fmt]
@@ -111,6 +117,18 @@ def run(
         result.save(out / "sensitivity.json")
         journal.finish()
     return result
+
+
+def _made_before(out: Path, origin: Origin, windows: Windows) -> Sensitivity | None:
+    """What an earlier run left in OUT, if it measured exactly this."""
+    path = out / "sensitivity.json"
+    if not path.exists():
+        return None
+    try:
+        there = load(path, Sensitivity)
+    except ArtifactError:
+        return None
+    return there if there.origin == origin and there.text == windows.facts else None
 
 
 def added_keys(imatrix: Imatrix | None) -> dict[str, int | str]:
@@ -162,7 +180,7 @@ def _collect(name: str, job: Job, journal: Journal, progress: Progress) -> Cells
 def _is_probe(
     cell: tuple[Unit, Format], settings: Settings, rows: Mapping[str, Sequence[Format]]
 ) -> bool:
-    """Whether this cell is measured: its format is a probe, or stands in for one that falls back."""
+    """Whether this cell is measured: its format is a probe, or the nearest to one."""
     unit, fmt = cell
     row = rows[unit.name]
     wanted = settings.probes or [default_probe(row)]

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from bitplan import budget, formats, hub, imatrix, text
-from bitplan.artifacts import Budget
+from bitplan.artifacts import Budget, ModelFacts, write_text
 from bitplan.demo import corpus
-from bitplan.errors import ImatrixError, UnknownNameError, UsageError
+from bitplan.errors import ImatrixError, UnknownNameError, UsageError, WriteError
 from bitplan.formats import Format
 from bitplan.imatrix import Imatrix
 from bitplan.runtimes.llamacpp import LlamaModel
@@ -33,9 +33,7 @@ Ctx = Annotated[int, typer.Option(min=16, help="Tokens per window.")]
 Count = Annotated[int, typer.Option("--windows", min=0, help="Windows to use; 0 takes all.")]
 Seed = Annotated[int, typer.Option(help="For everything random.")]
 Threads = Annotated[int, typer.Option(min=0, help="0: all cores this process may use.")]
-Out = Annotated[
-    Path | None, typer.Option(help="Folder for results. [default: bitplan-out/NAME]")
-]
+Out = Annotated[Path | None, typer.Option(help="Folder for results. [default: bitplan-out/NAME]")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no summary.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -124,18 +122,38 @@ def candidates(names: str, with_imatrix: bool) -> list[Format]:
     return wanted
 
 
-def collected(model: LlamaModel, path: Path | None, windows: text.Windows, out: Path) -> Imatrix:
-    """The importance matrix: read where one is named, else collected; a copy lies in OUT."""
+def collected(
+    model: LlamaModel, facts: ModelFacts, path: Path | None, windows: text.Windows, out: Path
+) -> Imatrix:
+    """The importance matrix: read where one is named, else collected; it lies in OUT then.
+
+    One that an earlier run collected there from the same model and windows is taken as it is.
+    """
     if path is not None:
         matrix = imatrix.read(path)
         imatrix.check(matrix, model.header)
-    else:
-        captured = model.capture(windows.tokens, ["second_moments"])
-        facts = windows.facts
-        matrix = imatrix.from_captured(captured, facts.source, facts.windows, facts.ctx)
-    out.mkdir(parents=True, exist_ok=True)
-    imatrix.write(matrix, out / "imatrix.gguf")
+        imatrix.write(matrix, _made(out) / "imatrix.gguf")
+        return matrix
+    key = f"{facts.sha256} {windows.facts.sha256}\n"
+    file, note = out / "imatrix.gguf", out / "imatrix.key"
+    if file.exists() and note.exists() and note.read_text() == key:
+        return imatrix.read(file)
+    captured = model.capture(windows.tokens, ["second_moments"])
+    about = windows.facts
+    matrix = imatrix.from_captured(captured, about.source, about.windows, about.ctx)
+    imatrix.write(matrix, _made(out) / "imatrix.gguf")
+    write_text(note, key)
     return matrix
+
+
+def _made(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(
+            f"{out}: cannot be made ({error.strerror}); choose another --out."
+        ) from None
+    return out
 
 
 def chosen_budget(

@@ -101,9 +101,7 @@ def make(
     )
 
 
-def tabulate(
-    sensitivity: Sensitivity, pins: Mapping[str, str], floors: Mapping[str, str]
-) -> Table:
+def tabulate(sensitivity: Sensitivity, pins: Mapping[str, str], floors: Mapping[str, str]) -> Table:
     """Group the cells by unit and leave only the options that pins and floors allow."""
     cells: dict[str, list[Score]] = {u.name: [] for u in sensitivity.units}
     for score in sensitivity.scores:
@@ -253,9 +251,7 @@ def two_level(sensitivity: Sensitivity, budget: int) -> TwoLevel | None:
     low, high = max(below, key=uniform.__getitem__), min(above, key=uniform.__getitem__)
     m_low, m_high = uniform[low], uniform[high]
     extra = [
-        sum(
-            size[u.name, high] - size[u.name, low] for u in sensitivity.units if u.layer == layer
-        )
+        sum(size[u.name, high] - size[u.name, low] for u in sensitivity.units if u.layer == layer)
         for layer in layers
     ]
     formula = math.floor((budget - m_low) / (m_high - m_low) * len(layers))

@@ -35,7 +35,7 @@ def check_budget(budget: Budget, low: int, high: int) -> None:
     if budget.max_kl is None and not low <= budget.bytes <= high:
         side = "below the smallest" if budget.bytes < low else "above the largest"
         raise BudgetError(
-            f"budget {budget.text} is {human(budget.bytes)}, {side} reachable size; choose between"
+            f"{budget.text} is {human(budget.bytes)}, {side} reachable size; choose between"
             f" {human(low, exact=True)} and {human(high, exact=True)}."
         )
 
@@ -45,8 +45,8 @@ def check_source(header: Header, allow_requantize: bool) -> None:
     done = [t for t in header.tensors if units.quantizable(t) and not t.fmt.is_float]
     if done and not allow_requantize:
         raise ModelFileError(
-            f"{header.path}: is quantized already ({done[0].name} is {done[0].fmt.name}); start from"
-            " the F16 or BF16 file, or accept the double loss with --allow-requantize."
+            f"{header.path}: is quantized already ({done[0].name} is {done[0].fmt.name}); start"
+            " from the F16 or BF16 file, or accept the double loss with --allow-requantize."
         )
 
 
@@ -67,7 +67,9 @@ def check_disk(out: Path, needed: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise WriteError(f"{out}: needs {human(needed)}, but only {human(free)} is free; make room.")
+        raise WriteError(
+            f"{out}: needs {human(needed)}, but only {human(free)} is free; make room."
+        )
 
 
 def dry_run(model: LlamaModel, wanted: Sequence[Format]) -> None:

@@ -38,9 +38,7 @@ class Bench:
         """Mean KL of each variant (types by tensor), by hot swap on the calibration windows."""
         rivals = [Contender(name, 0, types=types) for name, types in variants.items()]
         found: dict[str, Tokens]
-        _, found = evaluate.tokens(
-            self.model, rivals, self.windows, self.importance, self.progress
-        )
+        _, found = evaluate.tokens(self.model, rivals, self.windows, self.importance, self.progress)
         return {name: float(t.kl.mean()) for name, t in found.items()}
 
 
@@ -98,9 +96,7 @@ def group(unit: str, layer: int | None) -> str:
     return unit if layer is None else f"layer {layer}"
 
 
-def corrected(
-    table: Sensitivity, chosen: Plan, measured: Mapping[str, float]
-) -> Sensitivity:
+def corrected(table: Sensitivity, chosen: Plan, measured: Mapping[str, float]) -> Sensitivity:
     """The table with every layer's cells scaled so that the plan's prediction is what it lost.
 
     Two factors: measured / predicted of the layer alone, and of the whole / all layers summed.

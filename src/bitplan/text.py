@@ -62,7 +62,7 @@ def _load(source: str, purpose: corpus.Part) -> str:
         raise TextError(f"{path}: is not UTF-8 text; convert it first.") from None
     except OSError as error:
         raise TextError(
-            f"{path}: cannot be read ({error.strerror}); name a text file, 'builtin' or 'wikitext2'."
+            f"{path}: cannot be read ({error.strerror}); name a file, 'builtin' or 'wikitext2'."
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Runtimes: what opens a model, runs it, rounds its weights in place and watches its activations."""
+"""Runtimes: they open a model, run it, round its weights in place and watch its activations."""
 
 from __future__ import annotations
 

@@ -64,9 +64,12 @@ class LlamaModel:
         self._vocab = capi.llama_model_get_vocab(self._model)
         self.n_vocab = int(capi.llama_vocab_n_tokens(self._vocab))
         self.parallel = max(1, BATCH // ctx)
-        self._context = self._new_context(ctx * self.parallel, self.parallel)
+        self._context = self._resources.enter_context(
+            self._new_context(ctx * self.parallel, self.parallel)
+        )
         self._batch = capi.llama_batch_init(ctx * self.parallel, 0, self.parallel)
         self._resources.callback(capi.llama_batch_free, self._batch)
+        self._sequences: tuple[int, ...] = ()
         self._weights: Weights | None = None
 
     # --- opening and closing ---------------------------------------------------------------
@@ -84,7 +87,9 @@ class LlamaModel:
         self._resources.callback(capi.llama_model_free, model)
         return model
 
-    def _new_context(self, n_ctx: int, sequences: int, callback: Any = None) -> Any:
+    @contextlib.contextmanager
+    def _new_context(self, n_ctx: int, sequences: int, callback: Any = None) -> Iterator[Any]:
+        """A llama.cpp context, freed on leaving the block."""
         params = capi.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_ctx, min(n_ctx, 512)
         params.n_seq_max = sequences
@@ -99,8 +104,10 @@ class LlamaModel:
                 f"{self.path}: llama.cpp cannot make a context of {n_ctx} tokens:"
                 f" {log.reason(lines)}; try a smaller --ctx."
             )
-        self._resources.callback(capi.llama_free, context)
-        return context
+        try:
+            yield context
+        finally:
+            capi.llama_free(context)
 
     def close(self) -> None:
         self._resources.close()
@@ -109,7 +116,10 @@ class LlamaModel:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -134,9 +144,7 @@ class LlamaModel:
         out = np.empty(len(raw) + 8, np.int32)
         pointer = out.ctypes.data_as(ctypes.POINTER(capi.llama_token))
         with log.captured():
-            count = capi.llama_tokenize(
-                self._vocab, raw, len(raw), pointer, len(out), True, False
-            )
+            count = capi.llama_tokenize(self._vocab, raw, len(raw), pointer, len(out), True, False)
         if count < 0:
             raise RuntimeFailure(f"{self.path}: its tokenizer failed on this text.")
         return out[:count].copy()
@@ -168,8 +176,10 @@ class LlamaModel:
         _view(batch.pos, total)[:] = np.tile(np.arange(length), count)
         _view(batch.n_seq_id, total)[:] = 1
         _view(batch.logits, total)[:] = np.tile(np.arange(length) >= first_output, count)
-        for i in range(total):
-            batch.seq_id[i][0] = i // length
+        if self._sequences != windows.shape:  # a slow loop; the layout is nearly always the same
+            for i in range(total):
+                batch.seq_id[i][0] = i // length
+            self._sequences = windows.shape
         capi.llama_memory_clear(capi.llama_get_memory(context), True)
         with log.captured() as lines:
             code = capi.llama_decode(context, batch)
@@ -180,14 +190,14 @@ class LlamaModel:
 
     def timed(self, prompt: int, generated: int) -> tuple[float, float]:
         """Seconds to read `prompt` tokens at once, and to generate `generated` one by one."""
-        context = self._new_context(prompt + generated, 1)
-        self._decode(context, np.zeros((1, prompt), np.int32), first_output=prompt - 1)
-        begun = time.perf_counter()
-        self._decode(context, np.zeros((1, prompt), np.int32), first_output=prompt - 1)
-        read = time.perf_counter()
-        for i in range(generated):
-            self._decode_one(context, prompt + i)
-        return read - begun, time.perf_counter() - read
+        tokens = np.zeros((1, prompt), np.int32)
+        with self._new_context(prompt + generated, 1) as context:
+            begun = time.perf_counter()
+            self._decode(context, tokens, first_output=prompt - 1)
+            read = time.perf_counter()
+            for i in range(generated):
+                self._decode_one(context, prompt + i)
+            return read - begun, time.perf_counter() - read
 
     def _decode_one(self, context: Any, position: int) -> None:
         batch = self._batch
@@ -204,8 +214,8 @@ class LlamaModel:
         """The weight tensors in memory; found by running one token under the eval callback."""
         if self._weights is None:
             finder = capturing.WeightFinder()
-            context = self._new_context(self.ctx, 1, finder.callback)
-            self._decode(context, np.zeros((1, min(2, self.ctx)), np.int32), first_output=0)
+            with self._new_context(self.ctx, 1, finder.callback) as context:
+                self._decode(context, np.zeros((1, 2), np.int32), first_output=0)
             self._weights = Weights(self.header, finder.found, self.threads)
         return self._weights
 
@@ -236,10 +246,11 @@ class LlamaModel:
         of each layer's input and output).
         """
         collector = capturing.Collector(what)
-        context = self._new_context(self.ctx * self.parallel, self.parallel, collector.callback)
-        for begin in range(0, len(windows), self.parallel):
-            self._decode(context, windows[begin : begin + self.parallel], first_output=0)
-            collector.check()
+        size = self.ctx * self.parallel
+        with self._new_context(size, self.parallel, collector.callback) as context:
+            for begin in range(0, len(windows), self.parallel):
+                self._decode(context, windows[begin : begin + self.parallel], first_output=0)
+                collector.check()
         return collector.result()
 
 

@@ -12,7 +12,7 @@ from llama_cpp import llama_cpp as capi
 _sinks: list[list[str]] = []
 
 
-@capi.llama_log_callback
+@capi.llama_log_callback  # type: ignore[untyped-decorator]
 def _callback(level: int, text: bytes, data: Any) -> None:
     if _sinks:
         _sinks[-1].append(text.decode("utf-8", errors="replace"))

@@ -88,4 +88,4 @@ def get(name: str) -> tuple[Scorer, bool]:
     plain = name.removeprefix("reverse:")
     if plain not in names():
         raise UnknownNameError("scorer", plain, names())
-    return importlib.import_module(f"{__name__}.{plain}"), name != plain  # type: ignore[return-value]
+    return importlib.import_module(f"{__name__}.{plain}"), name != plain

@@ -20,8 +20,7 @@ def score(job: Job) -> Iterator[Reading]:
         if (unit.name, "", 0) in job.done:
             continue
         total = sum(
-            float(np.abs(job.model.original(t.name)[0]).sum(dtype=np.float64))
-            for t in unit.tensors
+            float(np.abs(job.model.original(t.name)[0]).sum(dtype=np.float64)) for t in unit.tensors
         )
         value = total / unit.weights
         yield Reading(unit.name, "", 0, 1, value, value * value)

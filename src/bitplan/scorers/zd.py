@@ -1,4 +1,4 @@
-"""`zd`: z-score distribution, the share of a layer's weights more than one deviation above its mean.
+"""`zd`: z-score distribution, the share of a layer's weights one deviation or more above its mean.
 
 ZD(L) = |{w in L: (w - mean) / std > 1}| / N over all weights of the layer together; larger is more
 important. Variable Layerwise Quantization, section 3.1 (its abstract says the opposite: that is

@@ -91,7 +91,9 @@ def check_source(header: Header, types: Mapping[str, str], allow_requantize: boo
     known = {t.name: t for t in header.tensors}
     for name, fmt in types.items():
         if name not in known:
-            raise WriteError(f"{header.path}: has no tensor {name!r}; the plan is for another model.")
+            raise WriteError(
+                f"{header.path}: has no tensor {name!r}; the plan is for another model."
+            )
         own = known[name].fmt
         if not own.is_float and own.name != fmt and not allow_requantize:
             raise ModelFileError(
@@ -128,7 +130,7 @@ def _base(types: Mapping[str, str]) -> int:
 
 
 def run_child(job: Job, progress: Progress = lambda *_: None) -> list[str]:
-    """Run a job in a child process and return llama.cpp's log. Raises WriteError with the reason."""
+    """Run a job in a child process and return its log. Raises WriteError with the reason."""
     log: list[str] = []
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
@@ -148,7 +150,7 @@ def run_child(job: Job, progress: Progress = lambda *_: None) -> list[str]:
             for line in child.stdout:
                 record = json.loads(line) if line.startswith("{") else {"log": line.rstrip()}
                 if "tensor" in record:
-                    progress(record["tensor"], record["done"], record["total"])
+                    progress(str(record["tensor"]), int(record["done"]), int(record["total"]))
                 elif "log" in record:
                     log.append(record["log"])
                 ended = ended or record.get("ok") is True
@@ -166,7 +168,9 @@ def verify(path: Path, types: Mapping[str, str], size: int | None = None) -> Non
     from gguf import GGUFReader
 
     found = {t.name: formats.BY_TYPE[int(t.tensor_type)].name for t in GGUFReader(path).tensors}
-    wrong = [f"{n} is {found.get(n, 'missing')}, not {f}" for n, f in types.items() if found.get(n) != f]
+    wrong = [
+        f"{n} is {found.get(n, 'missing')}, not {f}" for n, f in types.items() if found.get(n) != f
+    ]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise WriteError(f"{path}: what was written is not what was planned: {wrong[0]}{more}.")

@@ -46,9 +46,7 @@ def main() -> int:
     job = Job(**json.load(sys.stdin))
     capi.llama_log_set(_report, ctypes.c_void_p(0))
     params, keep = parameters(job)
-    code = capi.llama_model_quantize(
-        job.source.encode(), job.target.encode(), ctypes.byref(params)
-    )
+    code = capi.llama_model_quantize(job.source.encode(), job.target.encode(), ctypes.byref(params))
     del keep
     _say({"ok": code == 0})
     return int(code)
@@ -105,9 +103,9 @@ def _importance(path: str) -> tuple[Any, list[Any]]:
 _line = ""
 
 
-@capi.llama_log_callback
+@capi.llama_log_callback  # type: ignore[untyped-decorator]
 def _report(level: int, text: bytes, data: Any) -> None:
-    global _line  # llama.cpp logs one line in several pieces
+    global _line  # noqa: PLW0603 - llama.cpp logs one line in several pieces
     _line += text.decode("utf-8", errors="replace")
     begun = _BEGUN.match(_line)
     if begun and "type =" in _line and not _line.endswith("\n"):

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bitplan import formats, verdict
+from bitplan import formats
 from bitplan.artifacts import (
     Artifact,
     Budget,
@@ -23,9 +23,10 @@ from bitplan.artifacts import (
 )
 from bitplan.budget import human
 from bitplan.errors import ArtifactError, BudgetError
+from bitplan.reporting import verdict
+from bitplan.reporting.verdict import Verdict
+from bitplan.reporting.wording import ranges
 from bitplan.units import layer_and_role
-from bitplan.verdict import Verdict
-from bitplan.wording import ranges
 
 NOT_QUANTIZED = "not quantized"
 AROUND = (0.8, 0.9, 0.95, 1.05, 1.1, 1.25)

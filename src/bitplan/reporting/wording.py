@@ -75,6 +75,11 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else "�" for c in text)
 
 
+def one_line(text: Any) -> Any:
+    """`plain` for what a template prints; finished markup and numbers pass as they are."""
+    return plain(text) if type(text) is str else text
+
+
 def hover(text: str) -> str:
     """For plotly, which reads a little HTML in every text it draws."""
     return html.escape(plain(text))

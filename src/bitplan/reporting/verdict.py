@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bitplan.artifacts import Candidate, Comparison, Evaluation, Plan, Sensitivity
 from bitplan.budget import human
-from bitplan.wording import percent, plain, sig, with_error
+from bitplan.reporting.wording import percent, plain, sig, with_error
 
 COLUMNS = {
     "bytes": "Size", "bpw": "Bits per weight", "perplexity": "Perplexity",

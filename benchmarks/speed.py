@@ -1,0 +1,212 @@
+"""Speed beside llama.cpp's own tools, in one run: perplexity, quantizing, and the whole table.
+
+    PATH=/path/to/llama.cpp/build/bin:$PATH python benchmarks/speed.py
+
+Runs A B A B ... and prints the median of the ratios pair by pair, ours / theirs. Needs
+llama-perplexity and llama-quantize on PATH, built from the llama.cpp that llama-cpp-python carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from bitplan import demo, divergence, formats, gguf_file, measure, text, units
+from bitplan.runtimes.llamacpp import LlamaModel, available_cores, engine_version, scored
+from bitplan.writers import gguf as writer
+from bitplan.writers.gguf_child import pattern
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=demo.MODEL)
+    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--cells", type=int, default=6, help="cells the obvious script is timed on")
+    parser.add_argument("--part", choices=("perplexity", "quantize", "table", "all"), default="all")
+    args = parser.parse_args()
+    for tool in ("llama-perplexity", "llama-quantize"):
+        if not shutil.which(tool):
+            sys.exit(f"{tool} is not on PATH; build llama.cpp's tools first.")
+    print(f"{platform.machine()}, {available_cores()} cores, llama-cpp-python {engine_version()}")
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        if args.part in ("perplexity", "all"):
+            perplexity(args, scratch)
+        if args.part in ("quantize", "all"):
+            quantize(args, scratch)
+        if args.part in ("table", "all"):
+            table(args, scratch)
+
+
+def paired(name: str, ours: Callable[[], None], theirs: Callable[[], None], runs: int) -> None:
+    """Print the median times and the median of the ratios of `runs` pairs, after one to warm up."""
+    pairs = []
+    for i in range(runs + 1):
+        times = []
+        for run in (ours, theirs):
+            begun = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begun)
+        if i:
+            pairs.append(times)
+    a, b = (statistics.median(p[k] for p in pairs) for k in (0, 1))
+    ratio = statistics.median(p[0] / p[1] for p in pairs)
+    print(f"{name}: ours {a:.2f} s, theirs {b:.2f} s, ratio {ratio:.3f} ({runs} pairs)")
+
+
+def quiet(*command: object) -> None:
+    subprocess.run([str(c) for c in command], check=True, capture_output=True)
+
+
+def perplexity(args: argparse.Namespace, scratch: Path) -> None:
+    """Open, tokenize and score: the same file, text and windows on both sides."""
+    file = scratch / "evaluation.txt"
+    file.write_text(text.load(["builtin"], "evaluation"))
+    threads = available_cores()
+
+    def ours() -> None:
+        with LlamaModel(args.model, threads=threads) as model:
+            cut = text.windows(
+                file.read_text(),
+                model.tokenize,
+                ctx=512,
+                count=args.windows,
+                bos=model.bos,
+                source="",
+            )
+            targets = cut.tokens[:, scored(512).start + 1 :]
+            for logits, target in zip(model.logits(cut.tokens), targets, strict=True):
+                divergence.negative_log_likelihood(logits, target)
+
+    def theirs() -> None:
+        quiet(
+            "llama-perplexity",
+            "-m",
+            args.model,
+            "-f",
+            file,
+            "--chunks",
+            args.windows,
+            "-t",
+            threads,
+        )
+
+    paired(f"perplexity of {args.windows} windows", ours, theirs, args.runs)
+
+
+def quantize(args: argparse.Namespace, scratch: Path) -> None:
+    """A random Llama of 0.4 billion weights into a mix of Q4_K and Q6_K, checks included."""
+    source = scratch / "large.gguf"
+    write_large(source)
+    header = gguf_file.read(source)
+    types = {
+        t: ("q6_k" if "ffn_down" in t else "q4_k")
+        for u in units.find(header)
+        for t in u.types(formats.get("q4_k"))
+    }
+    threads, out = available_cores(), scratch / "out.gguf"
+    rules = [x for t, f in types.items() for x in ("--tensor-type", f"{pattern(t)}={f}")]
+
+    def ours() -> None:
+        writer.write(header, types, out, plan_hash="0" * 64, threads=threads)
+
+    def theirs() -> None:
+        quiet("llama-quantize", *rules, source, scratch / "theirs.gguf", "Q4_K_M", threads)
+
+    paired("quantizing 0.4 billion weights", ours, theirs, min(args.runs, 3))
+
+
+def write_large(path: Path) -> None:
+    out = gguf.GGUFWriter(path, "llama")
+    dim, ffn, layers, vocabulary = 2048, 5632, 8, 1000
+    out.add_context_length(512)
+    out.add_embedding_length(dim)
+    out.add_block_count(layers)
+    out.add_feed_forward_length(ffn)
+    out.add_head_count(16)
+    out.add_head_count_kv(4)
+    out.add_layer_norm_rms_eps(1e-5)
+    out.add_tokenizer_model("none")
+    out.add_vocab_size(vocabulary)
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd": (vocabulary, dim)}
+    for i in range(layers):
+        for role, shape in (
+            ("attn_q", (dim, dim)), ("attn_k", (512, dim)), ("attn_v", (512, dim)),
+            ("attn_output", (dim, dim)), ("ffn_gate", (ffn, dim)), ("ffn_up", (ffn, dim)),
+            ("ffn_down", (dim, ffn)),
+        ):  # fmt: skip
+            shapes[f"blk.{i}.{role}"] = shape
+        for role in ("attn_norm", "ffn_norm"):
+            out.add_tensor(f"blk.{i}.{role}.weight", np.ones(dim, np.float32))
+    out.add_tensor("output_norm.weight", np.ones(dim, np.float32))
+    for name, shape in shapes.items():
+        out.add_tensor(f"{name}.weight", rng.standard_normal(shape, np.float32).astype(np.float16))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+def table(args: argparse.Namespace, scratch: Path) -> None:
+    """The sensitivity table, against quantizing one tensor, loading and llama-perplexity's KL."""
+    wanted = formats.parse("default")
+    file, logits = scratch / "calibration.txt", scratch / "logits.bin"
+    file.write_text(text.load(["builtin"], "calibration"))
+    plain = [f for f in wanted if not f.needs_imatrix]
+    with LlamaModel(args.model, swap=True) as model:
+        cut = text.windows(
+            file.read_text(), model.tokenize, ctx=512, count=8, bos=model.bos, source="builtin"
+        )
+        cells = [(u, f) for u in model.units() for f in plain]
+        times = {}
+        for name, full in (("inferred", False), ("full", True)):
+            begun = time.perf_counter()
+            settings = measure.Settings(plain, full=full)
+            measure.run(model, cut, settings, scratch / name)
+            times[name] = time.perf_counter() - begun
+        chosen = [cells[i] for i in np.linspace(0, len(cells) - 1, args.cells).astype(int)]
+        everything = [t for u in model.units() for t in u.types(formats.get("f16"))]
+    perplex = ("llama-perplexity", "-f", file, "--chunks", 8, "-t", available_cores())
+    begun = time.perf_counter()
+    quiet(*perplex, "-m", args.model, "--kl-divergence-base", logits)
+    first = time.perf_counter() - begun
+    each = []
+    for unit, fmt in chosen:
+        types = {
+            **dict.fromkeys(everything, "f16"),
+            **{t: f.name for t, f in unit.types(fmt).items()},
+        }
+        rules = [x for t, f in types.items() for x in ("--tensor-type", f"{pattern(t)}={f}")]
+        begun = time.perf_counter()
+        quiet("llama-quantize", *rules, args.model, scratch / "one.gguf", "Q8_0")
+        quiet(
+            *perplex, "-m", scratch / "one.gguf", "--kl-divergence-base", logits, "--kl-divergence"
+        )
+        each.append(time.perf_counter() - begun)
+    script = first + statistics.median(each) * len(cells)
+    print(
+        f"table of {len(cells)} cells: inferred {times['inferred']:.1f} s,"
+        f" full {times['full']:.1f} s"
+    )
+    print(
+        f"the obvious script: {statistics.median(each):.2f} s a cell (median of {len(each)}), so"
+        f" {script:.0f} s; ratio {times['full'] / script:.3f} full,"
+        f" {times['inferred'] / script:.4f} inferred"
+    )
+
+
+if __name__ == "__main__":
+    main()

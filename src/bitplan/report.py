@@ -1,0 +1,159 @@
+"""Stage 5: what the other stages wrote -> a report for people.
+
+Reads sensitivity.json, plan.json, quantized.json and evaluation.json, as many as there are. Writes
+report.html (one file that needs no network), report.md, report.json and the charts in figures/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from bitplan import artifacts
+from bitplan.artifacts import Artifact, Evaluation, Plan, Quantized, Sensitivity
+from bitplan.budget import human
+from bitplan.errors import ArtifactError
+from bitplan.reporting import charts, figures, findings, heatmaps, scales, verdict, wording
+from bitplan.reporting.findings import Findings
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+A = TypeVar("A", bound=Artifact)
+
+
+def write_from(directory: Path) -> list[Path]:
+    """Report on the artefacts in a folder. Raises ArtifactError when none is there."""
+    parts = {
+        "sensitivity": _load(directory, Sensitivity),
+        "plan": _load(directory, Plan),
+        "evaluation": _load(directory, Evaluation),
+    }
+    if not any(parts.values()):
+        raise ArtifactError(
+            f"{directory}: holds no sensitivity.json, plan.json or evaluation.json; give the folder"
+            " that bitplan auto or bitplan measure wrote."
+        )
+    return write(directory, **parts, quantized=_load(directory, Quantized))  # type: ignore[arg-type]
+
+
+def write(
+    directory: Path,
+    *,
+    sensitivity: Sensitivity | None,
+    plan: Plan | None,
+    evaluation: Evaluation | None,
+    quantized: Quantized | None = None,
+) -> list[Path]:
+    """Write the report into a folder and return its files, the page first.
+
+    Raises ArtifactError when the parts were not made from one another, or there is none.
+    """
+    facts = findings.gather(sensitivity, plan, evaluation, quantized)
+    texts = {
+        "report.html": html(facts),
+        "report.md": markdown(facts),
+        "report.json": json.dumps(summary(facts), indent=1, ensure_ascii=False) + "\n",
+    }
+    for name, text in texts.items():
+        artifacts.write_text(directory / name, text)
+    return [directory / name for name in texts] + figures.save(facts, directory / "figures")
+
+
+def html(facts: Findings) -> str:
+    """The page, with plotly's script and all data inside."""
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    drawn = wording.finite(charts.all_of(facts))
+    # The page may run its own scripts only: should a hostile name ever get through, it stays text.
+    nonce = hashlib.sha256(json.dumps([facts.hashes, drawn]).encode()).hexdigest()[:32]
+    page = _environment(finalize=wording.one_line).get_template("report.html.j2")
+    script = Markup(get_plotlyjs()) if drawn else ""
+    return page.render(_context(facts), charts=drawn, plotly=script, nonce=nonce)
+
+
+def markdown(facts: Findings) -> str:
+    """The same facts for a README or a pull request."""
+    return (
+        _environment(finalize=wording.markdown).get_template("report.md.j2").render(_context(facts))
+    )
+
+
+def summary(facts: Findings) -> dict[str, Any]:
+    """The figures of the report, for programs."""
+    plan, evaluation = facts.plan, facts.evaluation
+    every = [evaluation.reference, *evaluation.candidates] if evaluation else []
+    found = {
+        "schema": "bitplan.report/1",
+        "model": facts.model.model_dump(),
+        **dataclasses.asdict(facts.verdict),
+        "plan": plan.model_dump(include={"bytes", "bpw", "damage", "damage_unit", "budget", "pins"})
+        if plan
+        else None,
+        "formats": [dataclasses.asdict(m) for m in facts.mix],
+        "spend": facts.spend,
+        "measured": {
+            c.name: {m.metric: {"value": m.value, "stderr": m.stderr} for m in c.measurements}
+            for c in every
+        },
+        "comparisons": [c.model_dump() for c in evaluation.comparisons] if evaluation else [],
+        "other_budgets": [dataclasses.asdict(a) for a in facts.alternatives],
+        "hashes": facts.hashes,
+    }
+    clean: dict[str, Any] = wording.finite(found)
+    return clean
+
+
+def _load(directory: Path, kind: type[A]) -> A | None:
+    path = directory / f"{kind.kind}.json"
+    return artifacts.load(path, kind) if path.exists() else None
+
+
+def _environment(**options: Any) -> Environment:
+    """Templates with the words of `wording`; whatever ends in .html.j2 is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("bitplan"),
+        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        **options,
+    )
+    made.filters |= {
+        "size": human,
+        "sig": wording.sig,
+        "percent": wording.percent,
+    }
+    made.globals |= {"shown": wording.measurement}
+    return made
+
+
+def _context(facts: Findings) -> dict[str, Any]:
+    """What both templates see."""
+    columns, rows = verdict.rows(facts.evaluation) if facts.evaluation else ({}, [])
+    table, evaluation = facts.sensitivity, facts.evaluation
+    kls = [c.value("kl") or 0.0 for c in evaluation.candidates] if evaluation else []
+    first = verdict.shipped(evaluation) if evaluation and evaluation.candidates else None
+    origin = next(p.origin for p in (evaluation, facts.plan, table) if p is not None)
+    return {
+        "facts": facts,
+        "model": facts.model,
+        "plan": facts.plan,
+        "table": table,
+        "evaluation": evaluation,
+        "first": first,
+        "origin": origin,
+        "columns": columns,
+        "most": max((kl for kl in kls if math.isfinite(kl)), default=0.0),
+        "rows": rows,
+        "measured_cells": sum(s.measured for s in table.scores) if table else 0,
+        "common": heatmaps.common_format(table) if table and table.scores else "",
+        "colours": scales.palette([m.format for m in facts.mix]),
+    }

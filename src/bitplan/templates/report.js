@@ -1,0 +1,70 @@
+"use strict";
+(() => {
+  const root = document.documentElement;
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const choice = document.getElementById("format");
+  const small = window.matchMedia("(max-width: 640px)");
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const mouse = window.matchMedia("(pointer: fine)").matches;
+  const paint = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+
+  function themed(layout, name) {
+    const axis = { gridcolor: paint("--grid"), linecolor: paint("--rule"), fixedrange: !mouse };
+    const made = {
+      ...layout,
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: getComputedStyle(document.body).fontFamily, size: small.matches ? 11 : 13,
+              color: paint("--soft") },
+      hoverlabel: { bgcolor: paint("--panel"), bordercolor: paint("--soft"), align: "left",
+                    font: { color: paint("--ink"), size: 13 } },
+      xaxis: { ...layout.xaxis, ...axis },
+      yaxis: { ...layout.yaxis, ...axis },
+      dragmode: name === "frontier" && mouse ? "zoom" : false,
+    };
+    if (root.classList.contains("printing")) made.width = 680;
+    if (small.matches && name === "frontier") made.margin = { ...layout.margin, l: 58, r: 8 };
+    return made;
+  }
+
+  function traces(figure) {
+    return structuredClone(figure.data).map((trace) => {
+      if (small.matches && trace.meta?.narrow) Object.assign(trace, trace.meta.narrow);
+      if (trace.type === "scatter") trace.textfont = { color: paint("--ink") };
+      if (trace.colorbar && choice) trace.visible = trace.name === choice.value;
+      return trace;
+    });
+  }
+
+  function draw() {
+    for (const node of document.querySelectorAll("[data-chart]")) {
+      const name = node.dataset.chart;
+      Plotly.react(node, traces(figures[name]), themed(figures[name].layout, name),
+                   { displayModeBar: false, responsive: true });
+    }
+  }
+
+  function print(begin) {
+    root.classList.toggle("printing", begin);
+    if (begin) document.querySelectorAll("details").forEach((node) => { node.open = true; });
+    draw();
+  }
+
+  const filter = document.getElementById("filter");
+  filter?.addEventListener("input", () => {
+    const words = filter.value.toLowerCase().split(/\s+/);
+    let left = 0;
+    for (const row of document.querySelectorAll("#units tbody tr")) {
+      const text = row.textContent.toLowerCase();
+      row.hidden = !words.every((word) => text.includes(word));
+      left += row.hidden ? 0 : 1;
+    }
+    document.getElementById("left").textContent = `${left} shown`;
+  });
+  choice?.addEventListener("change", draw);
+  small.addEventListener("change", draw);
+  dark.addEventListener("change", draw);
+  window.addEventListener("beforeprint", () => print(true));
+  window.addEventListener("afterprint", () => print(false));
+  if (window.Plotly) draw();
+})();
