@@ -5,7 +5,7 @@
     python tools/train_demo_model.py --steps 20 --out /tmp/try
 
 Reads the training part of the built-in corpus (`bitplan.demo.corpus`); writes OUT/model.gguf
-(Llama architecture, BF16, its tokenizer inside) and OUT/training.json (data, steps, time, held-out
+(Llama architecture, F16, its tokenizer inside) and OUT/training.json (data, steps, time, held-out
 perplexity and bits per byte beside trivial baselines). One file, read it from top to bottom: the
 tokenizer, the model, the training loop, the export.
 """
@@ -230,15 +230,15 @@ def write_gguf(model: Llama, tokenizer: Tokenizer, c: Config, path: Path) -> Non
     out.add_rope_dimension_count(c.head_dim)
     out.add_rope_freq_base(c.rope_base)
     out.add_vocab_size(c.vocab)
-    out.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    out.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     add_vocabulary(out, tokenizer)
     for name, weight in model.named_parameters():
-        array = weight.detach().float().numpy()
-        if array.ndim == 2:
-            raw = gguf.quants.quantize(array, gguf.GGMLQuantizationType.BF16)
-            out.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        if weight.ndim == 2:
+            # Training multiplied in BF16, so more bits were never used; stored as F16, which every
+            # processor multiplies quickly.
+            out.add_tensor(name, weight.detach().bfloat16().half().numpy())
         else:
-            out.add_tensor(name, array)
+            out.add_tensor(name, weight.detach().float().numpy())
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()

@@ -8,6 +8,7 @@ built. Layout: GGUF specification, version 2 and 3, little endian.
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import os
@@ -80,7 +81,10 @@ class Header:
 
     def number(self, key: str, default: int = 0) -> int:
         """An integer below the architecture's prefix, `block_count` for instance."""
-        return int(self.metadata.get(f"{self.architecture}.{key}", default))
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        if not isinstance(value, int):
+            raise ModelFileError(f"{self.path}: metadata key {key!r} is {value!r}, not a number.")
+        return value
 
 
 class _Cursor:
@@ -140,7 +144,7 @@ def read(path: Path | str) -> Header:
         double = next(n for n in names if names.count(n) > 1)
         raise ModelFileError(f"{path}: tensor {double!r} occurs twice; the file is damaged.")
     expected = first.metadata.get("split.tensors.count")
-    if len(shards) > 1 and expected is not None and int(expected) != len(tensors):
+    if len(shards) > 1 and expected is not None and expected != len(tensors):
         raise ModelFileError(
             f"{path}: the shards hold {len(tensors)} tensors, the first one promises {expected};"
             " fetch all shards of the same model again."
@@ -258,4 +262,10 @@ def _placed(
                 f" file has only {size:,}; it is truncated or damaged, so fetch it again."
             )
         placed.append(Tensor(name, shape, fmt, base + offset, nbytes, path))
+    in_order = sorted(placed, key=lambda t: t.start)
+    for before, after in itertools.pairwise(in_order):
+        if before.start + before.nbytes > after.start:
+            raise ModelFileError(
+                f"{path}: tensors {before.name!r} and {after.name!r} overlap; the file is damaged."
+            )
     return tuple(placed)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bitplan import artifacts
 from bitplan.artifacts import Artifact, Evaluation, Plan, Quantized, Sensitivity
-from bitplan.budget import human
 from bitplan.errors import ArtifactError
 from bitplan.reporting import charts, figures, findings, heatmaps, scales, verdict, wording
 from bitplan.reporting.findings import Findings
@@ -127,7 +126,7 @@ def _environment(**options: Any) -> Environment:
         **options,
     )
     made.filters |= {
-        "size": human,
+        "size": wording.amount,
         "sig": wording.sig,
         "percent": wording.percent,
     }
@@ -137,7 +136,6 @@ def _environment(**options: Any) -> Environment:
 
 def _context(facts: Findings) -> dict[str, Any]:
     """What both templates see."""
-    columns, rows = verdict.rows(facts.evaluation) if facts.evaluation else ({}, [])
     table, evaluation = facts.sensitivity, facts.evaluation
     kls = [c.value("kl") or 0.0 for c in evaluation.candidates] if evaluation else []
     first = verdict.shipped(evaluation) if evaluation and evaluation.candidates else None
@@ -150,9 +148,9 @@ def _context(facts: Findings) -> dict[str, Any]:
         "evaluation": evaluation,
         "first": first,
         "origin": origin,
-        "columns": columns,
+        "quality": verdict.quality(evaluation) if evaluation else None,
+        "cost": verdict.cost(evaluation) if evaluation else None,
         "most": max((kl for kl in kls if math.isfinite(kl)), default=0.0),
-        "rows": rows,
         "measured_cells": sum(s.measured for s in table.scores) if table else 0,
         "common": heatmaps.common_format(table) if table and table.scores else "",
         "colours": scales.palette([m.format for m in facts.mix]),

@@ -123,7 +123,7 @@ def bits(facts: Findings) -> Figure:
            vmax=len(names) - 0.5)  # fmt: skip
     for mix in facts.mix:
         axes.scatter([], [], marker="s", s=60, color=colours[mix.format],
-                     label=f"{mix.format}, {mix.bits:.4g} bits")  # fmt: skip
+                     label=f"{mix.format}, {sig(mix.bits)} bits")  # fmt: skip
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), title="format", alignment="left")
     return figure
 
@@ -138,7 +138,7 @@ def sensitivity(table: Sensitivity) -> Figure:
     cells: dict[heatmaps.Place, float] = {places[s.unit]: max(s.damage, floor) for s in scores}
     figure, axes = _grid(cells)
     top = max(*cells.values(), floor * 1.1)
-    image = _image(axes, cells, cmap="cividis", norm=LogNorm(floor, top))
+    image = _image(axes, cells, cmap="plasma", norm=LogNorm(floor, top))
     ticks = log_ticks(floor, top)
     bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
     bar.set_ticks([t for t, _ in ticks], labels=[text for _, text in ticks])

@@ -21,11 +21,10 @@ from bitplan.artifacts import (
     Sensitivity,
     TextFacts,
 )
-from bitplan.budget import human
-from bitplan.errors import ArtifactError, BudgetError
+from bitplan.errors import ArtifactError
 from bitplan.reporting import verdict
 from bitplan.reporting.verdict import Verdict
-from bitplan.reporting.wording import ranges
+from bitplan.reporting.wording import amount, ranges
 from bitplan.units import layer_and_role
 
 NOT_QUANTIZED = "not quantized"
@@ -184,33 +183,22 @@ def spending(rows: list[Stored], sensitivity: Sensitivity) -> dict[str, dict[str
 
 
 def alternatives(sensitivity: Sensitivity, plan: Plan) -> list[Alternative]:
-    """What other budgets would change; those out of reach are left out."""
-    here = _plan_at(sensitivity, plan, plan.budget.bytes)
-    if here is None:
-        return []
-    found = []
-    for share in AROUND:
-        there = _plan_at(sensitivity, plan, int(share * plan.budget.bytes))
-        if there is not None and there.bytes != here.bytes:
-            found.append(_difference(sensitivity, here, there, share))
-    return found
+    """What other budgets would change; one out of reach gives way to the nearest within it."""
+    from bitplan.plan import make, tabulate
 
-
-def _plan_at(sensitivity: Sensitivity, plan: Plan, size: int) -> Plan | None:
-    """The plan for another size with the same pins and floors; None out of reach."""
-    from bitplan.plan import make
-
-    floors = plan.origin.settings.get("floors")
-    budget = Budget(text=human(size), bytes=size)
-    try:
-        return make(
-            sensitivity,
-            budget,
-            pins=plan.pins,
-            floors=floors if isinstance(floors, Mapping) else None,
-        )
-    except BudgetError:
-        return None
+    recorded = plan.origin.settings.get("floors")
+    floors = recorded if isinstance(recorded, Mapping) else {}
+    low, high = tabulate(sensitivity, plan.pins, floors).reachable()
+    wanted = [min(max(int(share * plan.budget.bytes), low), high) for share in (1.0, *AROUND)]
+    here, *others = (
+        make(sensitivity, Budget(text=amount(n), bytes=n), pins=plan.pins, floors=floors)
+        for n in dict.fromkeys(wanted)
+    )
+    return [
+        _difference(sensitivity, here, there, there.budget.bytes / here.budget.bytes)
+        for there in others
+        if there.bytes != here.bytes
+    ]
 
 
 def _difference(sensitivity: Sensitivity, here: Plan, there: Plan, share: float) -> Alternative:

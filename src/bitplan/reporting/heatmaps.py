@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitplan.artifacts import Score, Sensitivity
-from bitplan.budget import human
 from bitplan.reporting.findings import Findings, Stored
-from bitplan.reporting.scales import log_ticks, palette
-from bitplan.reporting.wording import hover, sig, with_error
+from bitplan.reporting.scales import PLASMA, log_ticks, palette
+from bitplan.reporting.wording import amount, hover, sig, with_error
 
 Figure = dict[str, Any]
 Place = tuple[str, int | None]
@@ -42,10 +41,10 @@ def bits(facts: Findings) -> Figure:
 
 
 def _told(row: Stored) -> str:
-    size = f", {human(row.bytes)}" if row.bytes is not None else ""
+    size = f", {amount(row.bytes)}" if row.bytes is not None else ""
     damage = f"predicted damage {sig(row.damage)}<br>" if row.damage is not None else ""
     return (
-        f"<b>{hover(row.unit)}</b><br>{row.format}, {row.bits:.4g} bits{size}<br>{damage}"
+        f"<b>{hover(row.unit)}</b><br>{row.format}, {sig(row.bits)} bits{size}<br>{damage}"
         f"{_folded(hover(row.reason))}"
     )
 
@@ -86,9 +85,9 @@ def least(scores: Sequence[Score]) -> float:
 def common_format(table: Sensitivity) -> str:
     """The format in which units compare best: known for most units, measured for most of those."""
 
-    def worth(name: str) -> tuple[int, int]:
+    def worth(name: str) -> tuple[int, int, int]:
         scores = [s for s in table.scores if s.format == name and s.damage > 0]
-        return len(scores), sum(s.measured for s in scores)
+        return len(scores), sum(s.measured for s in scores), table.formats.index(name)
 
     return max(table.formats, key=worth)
 
@@ -126,12 +125,12 @@ def _layout(cells: Mapping[Place, Any]) -> Figure:
         "height": 70 + 30 * len(roles), "hovermode": "closest", "dragmode": False,
         "xaxis": {
             "type": "category", "title": {"text": "layer"}, "showgrid": False, "ticks": "",
-            "categoryorder": "array",
+            "showline": False, "categoryorder": "array",
             "categoryarray": [NO_LAYER if layer is None else str(layer) for layer in layers],
         },
         "yaxis": {
             "type": "category", "autorange": "reversed", "showgrid": False, "ticks": "",
-            "automargin": True,
+            "automargin": True, "showline": False,
         },
         "margin": {"l": 8, "r": 16, "t": 8, "b": 48},
     }  # fmt: skip
@@ -142,7 +141,7 @@ def _log_colours(scores: Sequence[Score]) -> Figure:
     high = max(low, math.log10(max(*(s.damage for s in scores), 1e-300)))
     ticks = [t for t, _ in log_ticks(10**low, 10**high)]
     return {
-        "colorscale": "Cividis",
+        "colorscale": [[i / (len(PLASMA) - 1), colour] for i, colour in enumerate(PLASMA)],
         "zmin": low,
         "zmax": max(high, low + 0.1),
         "colorbar": {

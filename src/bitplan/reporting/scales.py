@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bitplan.reporting.wording import sig
@@ -11,6 +11,10 @@ from bitplan.reporting.wording import sig
 VIRIDIS = (
     "#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58",
     "#b5de2b", "#fde725",
+)  # fmt: skip
+PLASMA = (
+    "#0d0887", "#46039f", "#7201a8", "#9c179e", "#bd3786", "#d8576b", "#ed7953", "#fb9f3a",
+    "#fdca26", "#f0f921",
 )  # fmt: skip
 FRONTIER, PLAN, OTHER, GREY = "#7b8794", "#d9730d", "#2f7fb5", "#8a919a"
 
@@ -58,7 +62,7 @@ def _rgb(colour: str) -> tuple[int, int, int]:
 def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """Ticks at 1, 2 and 5 times powers of ten; at powers only where those are many."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1,) if len(decades) > 4 else (1, 2, 5)
+    steps = (1,) if math.log10(high / low) > 3.5 else (1, 2, 5)
     ticks = [m * 10.0**d for d in decades for m in steps]
     return [(t, sig(t, 1)) for t in ticks if low * 0.999 <= t <= high * 1.001]
 
@@ -70,7 +74,8 @@ def place(
     along: tuple[float, float],
     pixels: tuple[int, int] = WIDE,
 ) -> list[str]:
-    """Where each label goes, in plotly's words, so that none covers another, a point or the line.
+    """Where each label goes, in plotly's words, so that none covers another or a point, nor the
+    line where that can be helped.
 
     across, along: what the axes show (the second is logarithmic). An empty string: no room.
     """
@@ -81,19 +86,25 @@ def place(
 
     centres = [pixel(s.x, s.y) for s in spots]
     taken = [_around(x, y, _DOT, _DOT) for x, y in centres]
-    taken += [_around(*pixel(x, y), 3, 3) for x, y in line]
+    drawn = [_around(*pixel(x, y), 3, 3) for x, y in line]
     found = []
     for spot, (x, y) in zip(spots, centres, strict=True):
-        choice = ""
-        for position, box in _options(x, y, len(spot.label) * _LETTER).items():
-            left, right, bottom, top = box
-            inside = min(left, bottom) >= 0 and right <= pixels[0] and top <= pixels[1]
-            if inside and not any(_overlap(box, other) for other in taken):
-                choice = position
-                taken.append(box)
-                break
-        found.append(choice)
+        options = _options(x, y, len(spot.label) * _LETTER)
+        position = _free(options, taken + drawn, pixels) or _free(options, taken, pixels)
+        found.append(position)
+        if position:
+            taken.append(options[position])
     return found
+
+
+def _free(options: Mapping[str, Box], taken: Sequence[Box], pixels: tuple[int, int]) -> str:
+    """The first place inside the axes that nothing else covers, or none."""
+    for name, box in options.items():
+        left, right, bottom, top = box
+        inside = min(left, bottom) >= 0 and right <= pixels[0] and top <= pixels[1]
+        if inside and not any(_overlap(box, other) for other in taken):
+            return name
+    return ""
 
 
 def _options(x: float, y: float, width: float) -> dict[str, Box]:

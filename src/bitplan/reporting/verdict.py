@@ -6,17 +6,19 @@ paired comparison is never called a difference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bitplan.artifacts import Candidate, Comparison, Evaluation, Plan, Sensitivity
-from bitplan.budget import human
-from bitplan.reporting.wording import percent, plain, sig, with_error
+from bitplan.reporting.wording import amount, percent, plain, sig, with_error
 
-COLUMNS = {
+QUALITY = {
     "bytes": "Size", "bpw": "Bits per weight", "perplexity": "Perplexity",
     "perplexity_ratio": "Perplexity ratio", "kl": "Mean KL", "kl_p99": "KL, 99th percentile",
-    "top1_agreement": "Top-1 agreement", "memory": "Memory", "prompt_tps": "Prompt, tokens/s",
+    "top1_agreement": "Top-1 agreement",
+}  # fmt: skip
+COST = {
+    "bytes": "Size", "memory": "Memory once loaded", "prompt_tps": "Prompt, tokens/s",
     "generate_tps": "Generation, tokens/s",
 }  # fmt: skip
 NO_DIFFERENCE = "no difference measured"
@@ -51,7 +53,7 @@ def of(evaluation: Evaluation | None, plan: Plan | None, table: Sensitivity | No
         return _measured(evaluation, plan)
     if plan is not None:
         return Verdict(
-            f"{human(plan.bytes)} instead of {human(plan.model.bytes)}:"
+            f"{amount(plan.bytes)} instead of {amount(plan.model.bytes)}:"
             f" {plan.bpw:.2f} bits per weight, predicted damage {sig(plan.damage)}"
             f" {plain(plan.damage_unit)}",
             "This is a prediction; nothing has been measured on the quantized model yet. Run"
@@ -95,21 +97,46 @@ def is_clear(comparison: Comparison) -> bool:
     return abs(comparison.difference) > 2 * comparison.stderr
 
 
-def rows(evaluation: Evaluation) -> tuple[dict[str, str], list[Row]]:
-    """Columns (metric -> title) that hold something, and the lines: reference, then by KL."""
+@dataclass(frozen=True)
+class Table:
+    """Measurements as a table: columns that hold something, lines by KL."""
+
+    columns: dict[str, str]
+    """Metric -> title."""
+    rows: list[Row]
+
+
+def quality(evaluation: Evaluation) -> Table:
+    """How good every candidate is; tasks have columns of their own."""
     everyone = [
         evaluation.reference,
         *sorted(evaluation.candidates, key=lambda c: evaluation.kl(c.name)),
     ]
-    known = {m.metric for c in everyone for m in c.measurements} | {"bytes", "bpw"}
-    columns = {m: title for m, title in COLUMNS.items() if m in known}
+    known = _known(everyone) | {"bytes", "bpw"}
+    columns = {m: title for m, title in QUALITY.items() if m in known}
     tasks = sorted(m for m in known if m.startswith("accuracy:"))
     columns |= {m: f"Accuracy, {plain(m.removeprefix('accuracy:'))}" for m in tasks}
+    return Table(columns, [_row(evaluation, c, columns) for c in everyone])
+
+
+def cost(evaluation: Evaluation) -> Table:
+    """Memory and speed of the candidates that were run as files; empty where none was."""
+    run = [
+        c
+        for c in (evaluation.reference, *evaluation.candidates)
+        if _known([c]) & COST.keys() - {"bytes"}
+    ]
+    known = _known(run) | {"bytes"}
+    columns = {m: title for m, title in COST.items() if m in known}
+    return Table(columns, [_row(evaluation, c, columns) for c in run])
+
+
+def _known(candidates: Iterable[Candidate]) -> set[str]:
+    return {m.metric for c in candidates for m in c.measurements}
+
+
+def _row(evaluation: Evaluation, one: Candidate, columns: Iterable[str]) -> Row:
     first = shipped(evaluation).name if evaluation.candidates else ""
-    return columns, [_row(evaluation, c, list(columns), first) for c in everyone]
-
-
-def _row(evaluation: Evaluation, one: Candidate, columns: Sequence[str], first: str) -> Row:
     facts = {"bytes": float(one.bytes), "bpw": one.bpw}
     cells = [(m, facts.get(m, one.value(m)), one.stderr(m)) for m in columns]
     pair = compared(evaluation, first, one.name)
@@ -129,7 +156,7 @@ def _measured(evaluation: Evaluation, plan: Plan | None) -> Verdict:
     first = shipped(evaluation)
     other = rival(evaluation, plan.budget.bytes if plan else 0)
     kl = first.value("kl")
-    start = f"{human(first.bytes)} instead of {human(evaluation.reference.bytes)}"
+    start = f"{amount(first.bytes)} instead of {amount(evaluation.reference.bytes)}"
     end = f"; KL {sig(kl)} nats/token" if kl is not None else ""
     if other is None or kl is None:
         return Verdict(start + end, _why(evaluation, first, None, None), first.name, "")
@@ -142,7 +169,7 @@ def _rivalry(first: Candidate, other: Candidate, pair: Comparison | None) -> str
     """`against 0.0146 for Q3_K_M at the same size: 47 % less lost`, or what may be said instead."""
     one, two = first.value("kl") or 0.0, other.value("kl") or 0.0
     same = abs(other.bytes / first.bytes - 1) < 0.01
-    size = "at the same size" if same else f"at {human(other.bytes)}"
+    size = "at the same size" if same else f"at {amount(other.bytes)}"
     if pair is not None and not is_clear(pair):
         return f"; {NO_DIFFERENCE} against {_named(other)} {size}"
     text = f" against {sig(two)} for {_named(other)} {size}"

@@ -121,8 +121,13 @@ class Collector:
         inputs = _floats(node.src[1].contents)  # [.., tokens, row]
         row = inputs.shape[-1]
         if ggml.op_name(node) == "MUL_MAT":
-            squares = np.einsum("tr,tr->r", inputs.reshape(-1, row), inputs.reshape(-1, row))
-            self._add(name, squares[None].astype(np.float64), np.array([inputs.size / row]))
+            # a weight of several matrices (MLA's attn_k_b) meets one slice of its input with each
+            matrices = int(node.src[0].contents.ne[2])
+            outer, middle, tokens, _ = inputs.shape
+            slices = inputs.reshape(outer, matrices, middle // matrices, tokens, row)
+            squares = np.einsum("omktr,omktr->mr", slices, slices)
+            seen = np.full(matrices, inputs.size / row / matrices)
+            self._add(name, squares.astype(np.float64), seen)
             return
         experts = int(node.src[0].contents.ne[2])
         ids = _ints(node.src[2].contents)  # [tokens, used experts]

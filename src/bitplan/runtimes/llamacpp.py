@@ -60,15 +60,17 @@ class LlamaModel:
         self.path, self.ctx, self.threads = Path(path), ctx, threads or available_cores()
         self._resources = contextlib.ExitStack()
         self._gpu_layers = gpu_layers
-        self._model = self._load(swap)
-        self._vocab = capi.llama_model_get_vocab(self._model)
-        self.n_vocab = int(capi.llama_vocab_n_tokens(self._vocab))
         self.parallel = max(1, BATCH // ctx)
-        self._context = self._resources.enter_context(
-            self._new_context(ctx * self.parallel, self.parallel)
-        )
-        self._batch = capi.llama_batch_init(ctx * self.parallel, 0, self.parallel)
-        self._resources.callback(capi.llama_batch_free, self._batch)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._resources.close)
+            self._model = self._load(swap)
+            self._vocab = capi.llama_model_get_vocab(self._model)
+            self.n_vocab = int(capi.llama_vocab_n_tokens(self._vocab))
+            context = self._new_context(ctx * self.parallel, self.parallel)
+            self._context = self._resources.enter_context(context)
+            self._batch = capi.llama_batch_init(ctx * self.parallel, 0, self.parallel)
+            self._resources.callback(capi.llama_batch_free, self._batch)
+            undo.pop_all()  # all went well: what was opened stays open
         self._sequences: tuple[int, ...] = ()
         self._weights: Weights | None = None
 

@@ -40,20 +40,14 @@ class Weights:
 
     def replace(self, name: str, values: Array) -> None:
         """Overwrite a tensor with values, stored in the tensor's own type."""
-        tensor = self._tensor(name)
-        if name not in self._addresses:
-            raise RuntimeFailure(
-                f"tensor {name!r} takes no part in running the model, so it cannot be measured;"
-                " pin it with --keep."
-            )
-        raw = ggml.quantize(values, tensor.fmt, None, self._threads).reshape(-1)
-        for address in self._addresses[name]:
+        raw = ggml.quantize(values, self._tensor(name).fmt, None, self._threads).reshape(-1)
+        for address in self._places(name):
             ggml.write(address, raw)
 
     def restore(self, name: str) -> None:
         """Put the file's own bytes back."""
         raw = _raw(self._tensor(name)).reshape(-1)
-        for address in self._addresses[name]:
+        for address in self._places(name):
             ggml.write(address, raw)
 
     @contextlib.contextmanager
@@ -65,6 +59,7 @@ class Weights:
         try:
             for name, fmt in assignment.items():
                 if fmt != self._tensor(name).fmt:
+                    self._places(name)
                     values = self.rounded(name, fmt, importance.get(name))
                     touched.append(name)
                     self.replace(name, values)
@@ -72,6 +67,13 @@ class Weights:
         finally:
             for name in touched:
                 self.restore(name)
+
+    def _places(self, name: str) -> list[int]:
+        if name not in self._addresses:
+            raise RuntimeFailure(
+                f"tensor {name!r} takes no part in running the model, so it cannot be measured."
+            )
+        return self._addresses[name]
 
     def _tensor(self, name: str) -> Tensor:
         try:

@@ -10,16 +10,17 @@
 
   function themed(layout, name) {
     const axis = { gridcolor: paint("--grid"), linecolor: paint("--rule"), fixedrange: !mouse };
+    const size = small.matches ? 11 : 13;
     const made = {
       ...layout,
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: getComputedStyle(document.body).fontFamily, size: small.matches ? 11 : 13,
+      font: { family: getComputedStyle(document.body).fontFamily, size,
               color: paint("--soft") },
       hoverlabel: { bgcolor: paint("--panel"), bordercolor: paint("--soft"), align: "left",
                     font: { color: paint("--ink"), size: 13 } },
-      xaxis: { ...layout.xaxis, ...axis },
-      yaxis: { ...layout.yaxis, ...axis },
+      xaxis: { ...layout.xaxis, ...axis, title: { ...layout.xaxis.title, font: { size } } },
+      yaxis: { ...layout.yaxis, ...axis, title: { ...layout.yaxis.title, font: { size } } },
       dragmode: name === "frontier" && mouse ? "zoom" : false,
     };
     if (root.classList.contains("printing")) made.width = 680;
@@ -31,6 +32,7 @@
     return structuredClone(figure.data).map((trace) => {
       if (small.matches && trace.meta?.narrow) Object.assign(trace, trace.meta.narrow);
       if (trace.type === "scatter") trace.textfont = { color: paint("--ink") };
+      if (trace.type === "heatmap" && small.matches) trace.texttemplate = "";
       if (trace.colorbar && choice) trace.visible = trace.name === choice.value;
       return trace;
     });
