@@ -145,9 +145,9 @@ def test_a_difference_from_the_plan_is_an_error(tiny_gguf: Path, tmp_path: Path)
     gguf.write(header, types, tmp_path / "out.gguf", plan_hash="0" * 64, threads=1)
     other = {**types, "token_embd.weight": "q4_1"}
     with pytest.raises(WriteError, match="token_embd.weight is .*, not q4_1"):
-        gguf.verify(tmp_path / "out.gguf", other)
+        gguf.verify((tmp_path / "out.gguf",), other)
     with pytest.raises(WriteError, match="were predicted"):
-        gguf.verify(tmp_path / "out.gguf", types, 1)
+        gguf.verify((tmp_path / "out.gguf",), types, 1)
 
 
 def test_the_child_dying_is_reported(tiny_gguf: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from bitplan import (
     contest,
     formats,
+    gguf_layout,
     identity,
     measure,
     options,
@@ -86,7 +87,9 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
         gpu_layers=request.gpu_layers,
     ) as model:
         calibration = options.cut(model, request.text, "calibration", request.windows)
-        held_out = options.cut(model, request.eval_text, "evaluation", request.eval_windows)
+        held_out = options.cut(
+            model, request.eval_text, "evaluation", request.eval_windows, skip=_used(request)
+        )
         preflight.dry_run(model, wanted)
         facts, matrix = identity.model_facts(header), None
         if not request.no_imatrix:
@@ -159,12 +162,22 @@ def _checked_budget(request: Request, header: Header, wanted: list[formats.Forma
         ctx=request.fit_ctx,
         model=request.model,
     )
-    keys = measure.added_keys(None)
+    dataset = None if request.no_imatrix else options.label(request.text, "calibration")
+    keys = gguf_layout.added_keys(dataset, 0, 0)  # an estimate where --imatrix names a file
     low, high = preflight.reachable(header, wanted, keys, options.grouping(request.group))
     preflight.check_budget(budget, low, high)
     out = options.folder(request.out, request.model)
     preflight.check_disk(out, 2 * (budget.bytes or high))
     return budget
+
+
+def _used(request: Request) -> int:
+    """Windows of the evaluation's text that calibration has seen: none of another text.
+
+    `builtin` and `wikitext2` have parts of their own; a file that serves for both is divided.
+    """
+    both = set(request.text or []) & set(request.eval_text or []) - {"builtin", "wikitext2"}
+    return max(request.windows, request.imatrix_windows) if both else 0
 
 
 def _rivals(text: str) -> Rivals:

@@ -217,7 +217,13 @@ def evaluate(
     from bitplan.runtimes.llamacpp import LlamaModel
 
     path = o.located(reference)
-    contenders = [stage.Contender(p.stem, gguf_file.read(p).size, p) for p in candidates]
+    stems = [p.stem for p in candidates]
+    names = stems if len(set(stems)) == len(stems) else [str(p) for p in candidates]
+    sizes = [gguf_file.read(p).size for p in candidates]
+    contenders = [
+        stage.Contender(name, size, p)
+        for name, size, p in zip(names, sizes, candidates, strict=True)
+    ]
     with (
         LlamaModel(path, ctx=ctx, threads=threads) as opened,
         console.progress(quiet or as_json) as report,
@@ -253,7 +259,8 @@ def auto(
     max_kl: o.MaxKl = None,
     text: o.Texts = None,
     eval_text: Annotated[
-        list[str] | None, typer.Option(help="Text for the figures. [default: as --text]")
+        list[str] | None,
+        typer.Option(help="Text for the figures. [default: as --text, beyond calibration]"),
     ] = None,
     ctx: o.Ctx = 512,
     windows: o.Count = 8,

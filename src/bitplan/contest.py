@@ -33,8 +33,8 @@ Rivals = Literal["near", "all"] | list[str]
 class Result:
     plan: Plan
     evaluation: Evaluation
-    quantized: Quantized | None
-    """None when a preset was shipped."""
+    quantized: Quantized
+    """Of what is shipped: the plan, or the preset that measured better."""
     file: Path
 
 
@@ -77,7 +77,7 @@ def run(
     )
     if rival is not None:
         files[rival.name] = out / f"{model.path.stem}-{rival.name}.gguf"
-        gguf.write(
+        rival_command = gguf.write(
             model.header,
             rival.types,
             files[rival.name],
@@ -105,10 +105,14 @@ def run(
     best = min(files, key=evaluation.kl)
     evaluation = evaluation.model_copy(update={"shipped": best})
     evaluation.save(out / "evaluation.json")
+    if rival is not None and best == rival.name:
+        parents = {"model": sensitivity.model.sha256}
+        weights = sensitivity.model.weights
+        quantized = quantize.record(files[best], rival.types, rival_command, weights, parents)
     for name, path in files.items():
         if name != best:
             path.unlink()
-    return Result(chosen, evaluation, quantized if best == "plan" else None, files[best])
+    return Result(chosen, evaluation, quantized, files[best])
 
 
 def wanted_rivals(fitting: Sequence[Preset], rivals: Rivals) -> list[Preset]:

@@ -29,7 +29,7 @@ class Format:
     fallback: str = ""
     """What llama.cpp stores instead when a row does not divide by `block`."""
     ftype: int = 0
-    """`enum llama_ftype` of a file that is mostly of this format."""
+    """`enum llama_ftype` of a file that is mostly of this format, or the nearest there is."""
 
     @property
     def bits(self) -> float:
@@ -60,7 +60,7 @@ _TABLE = (
     Format("q4_0", 2, 32, 18, ftype=2),
     Format("iq4_nl", 20, 32, 18, ftype=25),
     Format("iq4_xs", 23, 256, 136, fallback="iq4_nl", ftype=30),
-    Format("mxfp4", 39, 32, 17, ftype=38),
+    Format("mxfp4", 39, 32, 17, ftype=7),
     Format("q3_k", 11, 256, 110, fallback="q4_0", ftype=12),
     Format("iq3_s", 21, 256, 110, fallback="iq4_nl", ftype=26),
     Format("iq3_xxs", 18, 256, 98, True, "iq4_nl", 23),
@@ -93,7 +93,8 @@ def parse(text: str) -> list[Format]:
     """A comma-separated list of names, or `default`, or `all`; best first, without doubles."""
     if text == "all":
         return [f for f in _TABLE if not f.is_float]
-    names = DEFAULT if text == "default" else [n for n in text.split(",") if n.strip()]
+    given = [n.strip() for n in text.split(",") if n.strip()]
+    names = [n for g in given for n in (DEFAULT if g == "default" else (g,))]
     return sorted({get(n) for n in names}, key=lambda f: (-f.bits, f.name))
 
 

@@ -54,13 +54,28 @@ def choose(files: Iterable[str], wanted: str, where: str) -> str:
 def _download(repo: str, wanted: str) -> Path:
     import huggingface_hub as hub
 
+    where = f"hub repository {repo}"
     try:
         names = [f for f in hub.list_repo_files(repo) if f.endswith(".gguf")]
-        name = choose(names, wanted, f"hub repository {repo}")
+        name = choose(names, wanted, where)
         pattern = _SHARD.sub("-*.gguf", name)
         return Path(hub.snapshot_download(repo, allow_patterns=[pattern])) / name
     except (OSError, ValueError) as error:
+        cached = _cached(repo)
+        if cached is not None:
+            names = [str(p.relative_to(cached)) for p in cached.rglob("*.gguf")]
+            return cached / choose(names, wanted, f"{where}, as far as it is cached,")
         raise ModelFileError(
             f"{repo}: is no file here, and fetching it from the hub failed"
             f" ({type(error).__name__}); check the path, the id and the connection."
         ) from None
+
+
+def _cached(repo: str) -> Path | None:
+    """The folder of what was fetched before; for work without a connection."""
+    import huggingface_hub as hub
+
+    try:
+        return Path(hub.snapshot_download(repo, local_files_only=True))
+    except (OSError, ValueError):
+        return None

@@ -47,8 +47,7 @@ def look(path: Path) -> Found:
 
 def check(found: Found, plan: Plan) -> None:
     """Every tensor's type and the size against a plan. Raises WriteError for a difference."""
-    for shard in found.header.shards:
-        gguf.verify(shard, plan.tensors, plan.bytes)
+    gguf.verify(found.header.shards, plan.tensors, plan.bytes)
 
 
 def text(found: Found, checked: bool = False) -> str:

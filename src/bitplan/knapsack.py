@@ -7,7 +7,10 @@ descent of each unit's own hull (exact for the Lagrangian relaxation: Everett 19
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,16 +54,17 @@ def _solve(units: list[Options], minimise: str, limit: float) -> Choice | None:
     goal_scale = max(float(np.abs(goal).max()), 1e-300) / 1e3
     target = limit
     for _ in range(8):
-        result = milp(
-            goal / goal_scale,
-            integrality=np.ones(len(goal), np.int64),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(ones, 1, 1),
-                LinearConstraint(csr_array(bound[None] / scale), -np.inf, target / scale),
-            ],
-            options={"mip_rel_gap": 1e-9},
-        )
+        with _silent_stdout():
+            result = milp(
+                goal / goal_scale,
+                integrality=np.ones(len(goal), np.int64),
+                bounds=Bounds(0, 1),
+                constraints=[
+                    LinearConstraint(ones, 1, 1),
+                    LinearConstraint(csr_array(bound[None] / scale), -np.inf, target / scale),
+                ],
+                options={"mip_rel_gap": 1e-9},
+            )
         if result.x is None:
             return None
         starts = np.concatenate([[0], np.cumsum([len(u.bytes) for u in units])[:-1]])
@@ -75,6 +79,23 @@ def _solve(units: list[Options], minimise: str, limit: float) -> Choice | None:
             return choice
         target -= 2 * over  # the solver's tolerance let it stray over; ask again a little lower
     return None
+
+
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """HiGHS 1.12 prints a line of its own debugging to the C library's stdout now and then."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # no stdout to spoil
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,12 @@ def _is_probe(
     unit, fmt = cell
     row = rows[unit.name]
     wanted = settings.probes or [default_probe(row)]
-    stand_ins = {min(row, key=lambda f, p=p: abs(f.bits - p.bits)).name for p in wanted}  # type: ignore[misc]
-    return fmt.name in stand_ins
+    return fmt.name in {nearest(row, probe).name for probe in wanted}
+
+
+def nearest(row: Sequence[Format], probe: Format) -> Format:
+    """The probe itself where the unit can have it, else the format most like it."""
+    return min(row, key=lambda f: (f != probe, f.family != probe.family, abs(f.bits - probe.bits)))
 
 
 def default_probe(row: Sequence[Format]) -> Format:

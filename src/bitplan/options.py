@@ -94,9 +94,13 @@ def located(name: str) -> Path:
 
 
 def cut(
-    model: LlamaModel, sources: Sequence[str] | None, purpose: corpus.Part, count: int
+    model: LlamaModel,
+    sources: Sequence[str] | None,
+    purpose: corpus.Part,
+    count: int,
+    skip: int = 0,
 ) -> text.Windows:
-    """Windows of the wanted text, for calibration or evaluation."""
+    """Windows of the wanted text, for calibration or evaluation, after `skip` windows."""
     named = list(sources or ["builtin"])
     return text.windows(
         text.load(named, purpose),
@@ -104,8 +108,15 @@ def cut(
         ctx=model.ctx,
         count=count,
         bos=model.bos,
-        source="+".join(named) + (f":{purpose}" if "builtin" in named else ""),
+        source=label(named, purpose),
+        skip=skip,
     )
+
+
+def label(sources: Sequence[str] | None, purpose: corpus.Part) -> str:
+    """What artefacts call a text."""
+    named = list(sources or ["builtin"])
+    return "+".join(named) + (f":{purpose}" if "builtin" in named else "")
 
 
 def candidates(names: str, with_imatrix: bool) -> list[Format]:

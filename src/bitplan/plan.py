@@ -165,6 +165,8 @@ def _choose(table: Table, budget: Budget) -> tuple[Budget, knapsack.Choice]:
             )
         spent = sum(row[int(k)].bytes for row, k in zip(table.cells, choice, strict=True))
         return budget.model_copy(update={"bytes": table.fixed_bytes + spent}), choice
+    if budget.overhead and budget.bytes > high:  # memory to spare: the largest file it is
+        budget = budget.model_copy(update={"bytes": high})
     if not low <= budget.bytes <= high:
         side = "below the smallest" if budget.bytes < low else "above the largest"
         aside = f" (after {human(budget.overhead)} set aside)" if budget.overhead else ""

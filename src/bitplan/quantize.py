@@ -5,7 +5,7 @@ The plan must have been made for this very model (content hash) and with this im
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bitplan import gguf_file, identity, imatrix
@@ -62,18 +62,24 @@ def run(
         allow_requantize=allow_requantize,
         progress=progress,
     )
-    size = out.stat().st_size
+    parents = {"model": facts.sha256, "plan": plan.hash()}
+    return record(out, plan.tensors, line, facts.weights, parents)
+
+
+def record(
+    file: Path, types: Mapping[str, str], command: str, weights: int, parents: Mapping[str, str]
+) -> Quantized:
+    """Write quantized.json beside a file that has been written and checked."""
+    size = file.stat().st_size
     result = Quantized(
         schema=schema_of(Quantized),
-        origin=Origin(
-            engine=engine_version(), parents={"model": facts.sha256, "plan": plan.hash()}
-        ),
-        file=out.name,
-        sha256=identity.sha256((out,)),
+        origin=Origin(engine=engine_version(), parents=dict(parents)),
+        file=file.name,
+        sha256=identity.sha256((file,)),
         bytes=size,
-        bpw=8 * size / facts.weights,
-        tensors=plan.tensors,
-        command=line,
+        bpw=8 * size / weights,
+        tensors=dict(types),
+        command=command,
     )
-    result.save(out.with_name("quantized.json"))
+    result.save(file.with_name("quantized.json"))
     return result

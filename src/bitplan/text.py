@@ -91,21 +91,23 @@ def windows(
     count: int,
     bos: int | None,
     source: str,
+    skip: int = 0,
 ) -> Windows:
-    """The first `count` windows of `ctx` tokens, without overlap; the tail is dropped.
+    """The first `count` windows of `ctx` tokens after `skip`, without overlap; the tail is dropped.
 
     As in llama-perplexity, BOS replaces the first token of every window where the vocabulary adds
     one, and a text of fewer than two windows is refused (TextError). count 0 takes all.
     """
     tokens = tokenize(text)
-    available = len(tokens) // ctx
+    available = len(tokens) // ctx - skip
     if available < 2:
+        beyond = f" beyond the {skip} windows for calibration" if skip else ""
         raise TextError(
-            f"the text ({source}) has only {len(tokens)} tokens, fewer than two windows of {ctx};"
-            " give more text or a smaller --ctx."
+            f"the text ({source}) has only {len(tokens)} tokens, fewer than two windows of {ctx}"
+            f"{beyond}; give more text or a smaller --ctx."
         )
     taken = min(count or available, available)
-    cut = tokens[: taken * ctx].reshape(taken, ctx).copy()
+    cut = tokens[skip * ctx : (skip + taken) * ctx].reshape(taken, ctx).copy()
     if bos is not None:
         cut[:, 0] = bos
     digest = hashlib.sha256(cut.tobytes()).hexdigest()

@@ -6,7 +6,6 @@ compute buffers, without Python itself. Linux and macOS.
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +26,8 @@ def measure(case: Case) -> list[Measurement]:
 
 def resident() -> int:
     """Bytes of this process in memory, at their highest."""
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

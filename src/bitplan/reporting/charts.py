@@ -228,6 +228,9 @@ def spend(facts: Findings) -> Figure:
             "y": [hover(r) for r in roles],
             "x": [facts.spend[r].get(name, 0) / unit for r in roles],
             "marker": {"color": colour, "line": {"width": 0}},
+            "text": "" if name == NOT_QUANTIZED else name,
+            "textposition": "inside",
+            "insidetextanchor": "middle",
             "hoverinfo": "text",
             "hovertext": [
                 f"<b>{hover(r)}</b> in {name}<br>{amount(facts.spend[r].get(name, 0))},"
@@ -243,6 +246,7 @@ def spend(facts: Findings) -> Figure:
         | {
             "barmode": "stack",
             "bargap": 0.25,
+            "uniformtext": {"minsize": 10, "mode": "hide"},
             "xaxis": {"title": {"text": unit_name}, "zeroline": False},
             "yaxis": {"type": "category", "autorange": "reversed", "automargin": True},
             "margin": {"l": 8, "r": 16, "t": 8, "b": 48},

@@ -158,7 +158,7 @@ def spend(facts: Findings) -> Figure:
         widths = [facts.spend[r].get(name, 0) / unit for r in roles]
         axes.barh(range(len(roles)), widths, 0.72, left, color=colour)
         for y, (start, width) in enumerate(zip(left, widths, strict=True)):
-            if width > 0.08 * max(sums) / unit:
+            if width > 0.08 * max(sums) / unit and name != NOT_QUANTIZED:
                 axes.text(start + width / 2, y, name, ha="center", va="center", fontsize=8,
                           color="white" if is_dark(colour) else "black")  # fmt: skip
         left = [a + b for a, b in zip(left, widths, strict=True)]

@@ -104,10 +104,10 @@ def _heat(cells: Cells) -> Figure:
         "z": [[c[0] for c in row] for row in rows],
         "text": [[c[1] for c in row] for row in rows],
         "hovertext": [[c[2] for c in row] for row in rows],
-        "texttemplate": "%{text}",
+        "texttemplate": "%{text}" if len(layers) <= 24 else "",
         "hoverinfo": "text",
         "hoverongaps": False,
-        "xgap": 2,
+        "xgap": 2 if len(layers) <= 40 else 1,
         "ygap": 2,
     }
 
@@ -125,7 +125,7 @@ def _layout(cells: Mapping[Place, Any]) -> Figure:
         "height": 70 + 30 * len(roles), "hovermode": "closest", "dragmode": False,
         "xaxis": {
             "type": "category", "title": {"text": "layer"}, "showgrid": False, "ticks": "",
-            "showline": False, "categoryorder": "array",
+            "showline": False, "tickangle": 0, "nticks": 30, "categoryorder": "array",
             "categoryarray": [NO_LAYER if layer is None else str(layer) for layer in layers],
         },
         "yaxis": {

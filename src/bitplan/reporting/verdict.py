@@ -182,11 +182,12 @@ def _rivalry(first: Candidate, other: Candidate, pair: Comparison | None) -> str
 def _why(
     evaluation: Evaluation, first: Candidate, other: Candidate | None, pair: Comparison | None
 ) -> str:
-    name = _named(first)
-    was = "was shipped" if evaluation.shipped else "measured best"
-    start = f"{name[0].upper()}{name[1:]} {was}"
+    name = "The plan" if first.name == "plan" else plain(first.name)
+    start = f"{name} {'was shipped' if evaluation.shipped else 'measured best'}"
+    if len(evaluation.candidates) == 1 and not evaluation.shipped:
+        return f"{name} is the only one that was measured; no preset was measured beside it."
     if other is None:
-        return f"{start}; it was compared with nothing else of its size."
+        return f"{start}; nothing else that fits its size was measured beside it."
     if pair is None:
         return f"{start}; it and {_named(other)} were not compared token by token."
     amount = f"{with_error(pair.difference, pair.stderr)} nats/token"

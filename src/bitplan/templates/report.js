@@ -25,6 +25,7 @@
     };
     if (root.classList.contains("printing")) made.width = 680;
     if (small.matches && name === "frontier") made.margin = { ...layout.margin, l: 58, r: 8 };
+    if (small.matches && figures[name].data[0].type === "heatmap") made.xaxis.nticks = 8;
     return made;
   }
 

@@ -15,10 +15,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bitplan import formats, gguf_file, gguf_layout, imatrix
+from bitplan import formats, gguf_layout, imatrix
 from bitplan.errors import ImatrixError, ModelFileError, WriteError
 from bitplan.gguf_file import Header
 from bitplan.imatrix import Imatrix
@@ -70,7 +70,7 @@ def write(
     )
     try:
         run_child(job, progress)
-        verify(partial, types, size)
+        verify((partial,), types, size)
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
@@ -163,19 +163,28 @@ def run_child(job: Job, progress: Progress = lambda *_: None) -> list[str]:
     return log
 
 
-def verify(path: Path, types: Mapping[str, str], size: int | None = None) -> None:
-    """Open a file with gguf-py and compare every tensor's type with the plan. Raises WriteError."""
+def verify(paths: Sequence[Path], types: Mapping[str, str], size: int | None = None) -> None:
+    """Open a model with gguf-py and compare every tensor's type with the plan.
+
+    paths: the file, or all its shards. Raises WriteError for a difference, also in size.
+    """
     from gguf import GGUFReader
 
-    found = {t.name: formats.BY_TYPE[int(t.tensor_type)].name for t in GGUFReader(path).tensors}
+    path = paths[0]
+    found = {
+        t.name: formats.BY_TYPE[int(t.tensor_type)].name
+        for p in paths
+        for t in GGUFReader(p).tensors
+    }
     wrong = [
         f"{n} is {found.get(n, 'missing')}, not {f}" for n, f in types.items() if found.get(n) != f
     ]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise WriteError(f"{path}: what was written is not what was planned: {wrong[0]}{more}.")
-    if size is not None and path.stat().st_size != size:
-        raise WriteError(f"{path}: has {path.stat().st_size:,} bytes, {size:,} were predicted.")
+    real = sum(p.stat().st_size for p in paths)
+    if size is not None and real != size:
+        raise WriteError(f"{path}: has {real:,} bytes, {size:,} were predicted.")
 
 
 def command(
@@ -202,8 +211,3 @@ def command(
 
 
 _FTYPE_NAMES = {"q5_k": "Q5_K_M", "q4_k": "Q4_K_M", "q3_k": "Q3_K_M"}
-
-
-def read_back(path: Path) -> Header:
-    """The written file's own header, checked like any input."""
-    return gguf_file.read(path)
