@@ -98,9 +98,8 @@ def show(
         for (n, b), p in plans.items()
     ]
     _, figures = evaluate.tokens(model, contenders, held_out, matrix.importance())
-    print(
-        f"{model.path.name}, Python {platform.python_version()}, llama-cpp-python {engine_version()}\n"
-    )
+    versions = f"Python {platform.python_version()}, llama-cpp-python {engine_version()}"
+    print(f"{model.path.name}, {versions}\n")
     print(
         "| probes | evaluations | rank correlation | " + " | ".join(f"{b} bpw" for b in BITS) + " |"
     )

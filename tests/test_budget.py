@@ -44,4 +44,5 @@ def test_fit_sets_memory_aside() -> None:
 def test_human() -> None:
     assert budget.human(3_420_000) == "3.42 MB"
     assert budget.human(999) == "999 B"
-    assert budget.human(4_000, exact=True) == "4 kB (4,000 bytes)"
+    assert budget.human(4_000, exact=True) == "4.00 kB (4,000 bytes)"
+    assert budget.human(999_700_000) == "1.00 GB"

@@ -123,13 +123,15 @@ def test_json_is_the_only_thing_on_stdout(measured: Path) -> None:
 
 
 def test_memory_budget_asks_llama_cpp(tiny_gguf: Path, measured: Path) -> None:
-    table = measured / "sensitivity.json"
-    done = bitplan("plan", table, "--fit", "30MB", "--ctx", 512, "--model", tiny_gguf, "--json")
-    message = done.stderr
+    table, fit = measured / "sensitivity.json", ("--ctx", 512, "--model", tiny_gguf, "--json")
+    rich = json.loads(bitplan("plan", table, "--fit", "2GB", *fit).stdout)
     # 2 layers x 512 cells x 128 numbers x 2 bytes x K and V = 0.5 MiB, and the compute buffers
-    assert done.returncode == 2
-    assert "set aside" in message
-    assert "above the largest" in message
+    assert rich["budget"]["overhead"] > 2**19
+    assert rich["bytes"] == rich["budget"]["bytes"]  # memory to spare: the largest file there is
+    total = rich["budget"]["overhead"] + 700_000
+    poor = json.loads(bitplan("plan", table, "--fit", total, *fit).stdout)
+    assert poor["bytes"] <= 700_000
+    assert "KV cache" in bitplan("plan", table, "--fit", "1MB", *fit).stderr
 
 
 # --- mistakes ----------------------------------------------------------------------------------

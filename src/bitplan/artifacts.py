@@ -121,6 +121,12 @@ class Sensitivity(Artifact):
     """Added by re-encoding swapped weights in the reference's own type: mean and largest relative
     squared error over the units."""
 
+    @property
+    def cells(self) -> list[Score]:
+        """The scores that round something: all but those of leaving a unit as it is."""
+        source = {u.name: u.source for u in self.units}
+        return [s for s in self.scores if s.format != source[s.unit]]
+
 
 class Budget(Record):
     text: str

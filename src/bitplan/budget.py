@@ -63,8 +63,9 @@ def human(size: float, exact: bool = False) -> str:
     """`3.42 MB`; with `exact`, the bytes too."""
     value, name = float(size), "B"
     for name in ("B", "kB", "MB", "GB", "TB"):
-        if abs(value) < 1000 or name == "TB":
+        if abs(value) < 999.5 or name == "TB":
             break
         value /= 1000
-    shown = f"{size:.0f} B" if name == "B" else f"{value:.3g} {name}"
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    shown = f"{size:.0f} B" if name == "B" else f"{value:.{digits}f} {name}"
     return f"{shown} ({size:,.0f} bytes)" if exact else shown

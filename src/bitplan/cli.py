@@ -217,12 +217,14 @@ def evaluate(
     from bitplan.runtimes.llamacpp import LlamaModel
 
     path = o.located(reference)
+    folder = o.folder(out, path)
     stems = [p.stem for p in candidates]
     names = stems if len(set(stems)) == len(stems) else [str(p) for p in candidates]
-    sizes = [gguf_file.read(p).size for p in candidates]
+    headers = [gguf_file.read(p) for p in candidates]
+    names = ["plan" if o.is_planned(h, folder) else n for h, n in zip(headers, names, strict=True)]
     contenders = [
-        stage.Contender(name, size, p)
-        for name, size, p in zip(names, sizes, candidates, strict=True)
+        stage.Contender(name, header.size, header.path)
+        for name, header in zip(names, headers, strict=True)
     ]
     with (
         LlamaModel(path, ctx=ctx, threads=threads) as opened,
@@ -231,7 +233,7 @@ def evaluate(
         held_out = o.cut(opened, text, "evaluation", windows)
         facts = identity.model_facts(opened.header)
         result = stage.run(opened, facts, contenders, held_out, speed=speed, progress=report)
-    result.save(o.folder(out, path) / "evaluation.json")
+    result.save(folder / "evaluation.json")
     _show(summary.of_evaluation(result), result.dumps(), as_json, quiet)
 
 
@@ -445,7 +447,7 @@ def _run(arguments: list[str]) -> int:
         if "--debug" in arguments:
             raise
         return _fail(str(error), error.exit_code)
-    except (OSError, MemoryError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except Exception as error:  # the last resort: never a traceback, unless asked for
         if "--debug" in arguments:
             raise
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

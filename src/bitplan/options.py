@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from bitplan import budget, formats, hub, imatrix, text
-from bitplan.artifacts import Budget, ModelFacts, write_text
+from bitplan.artifacts import Budget, ModelFacts, Plan, load, write_text
 from bitplan.demo import corpus
 from bitplan.errors import ImatrixError, UnknownNameError, UsageError, WriteError
 from bitplan.formats import Format
+from bitplan.gguf_file import Header
 from bitplan.imatrix import Imatrix
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.units import Grouping
@@ -205,3 +206,10 @@ def rules(items: Sequence[str] | None, option: str) -> dict[str, str]:
             raise UsageError(f"{option} {item!r}: write PATTERN=FORMAT, such as 'output=q6_k'.")
         found[pattern] = formats.get(name).name
     return found
+
+
+def is_planned(header: Header, folder: Path) -> bool:
+    """Whether a file was written from the plan that lies in a folder: both name its hash."""
+    plan = folder / "plan.json"
+    mark = header.metadata.get("bitplan.plan")
+    return mark is not None and plan.exists() and load(plan, Plan).hash() == mark

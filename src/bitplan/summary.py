@@ -23,10 +23,10 @@ MOST_LINES = 12
 
 def of_sensitivity(s: Sensitivity) -> str:
     """Which roles and units lose most, in the format in which all compare."""
-    measured = sum(c.measured for c in s.scores)
+    measured, kinds = sum(c.measured for c in s.cells), len({c.format for c in s.cells})
     head = (
-        f"{plain(s.model.name)}: {len(s.units)} units in {len(s.formats)} formats, measured"
-        f" {measured:,} of {len(s.scores):,} cells by {s.scorer}"
+        f"{plain(s.model.name)}: {len(s.units)} units in {kinds} formats, measured"
+        f" {measured:,} of {len(s.cells):,} cells by {s.scorer}"
     )
     if not s.scores:
         return _lines([head])

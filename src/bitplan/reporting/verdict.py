@@ -213,12 +213,13 @@ def _named(one: Candidate) -> str:
 
 
 def _ranked(table: Sensitivity) -> Verdict:
-    measured = sum(s.measured for s in table.scores)
+    measured = sum(s.measured for s in table.cells)
+    kinds = len({c.format for c in table.cells})
     worst = max((s for s in table.scores), key=lambda s: s.damage, default=None)
     tail = f"; {plain(worst.unit)} in {plain(worst.format)} loses most" if worst else ""
     return Verdict(
-        f"{len(table.units)} units in {len(table.formats)} formats: {measured:,} of"
-        f" {len(table.scores):,} cells measured, the others inferred{tail}",
+        f"{len(table.units)} units in {kinds} formats: {measured:,} of"
+        f" {len(table.cells):,} cells measured, the others inferred{tail}",
         "No plan was made yet. Run bitplan plan with a budget for that.",
         "",
         "",
