@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from llama_cpp import llama_cpp as capi
 
-from bitplan import demo, engine_memory, evaluate, formats, gguf_file, identity, metrics, text
+from bitplan import demo, engine_memory, evaluate, formats, identity, metrics, text
 from bitplan.errors import UsageError
 from bitplan.evaluate import Contender
 from bitplan.metrics import Case, Tokens

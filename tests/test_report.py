@@ -13,6 +13,7 @@ import pytest
 import synthetic
 from bitplan import report
 from bitplan.artifacts import Evaluation, Plan, Sensitivity
+from bitplan.budget import human
 from bitplan.errors import ArtifactError
 from bitplan.reporting import charts, findings, heatmaps, scales, verdict, wording
 
@@ -320,7 +321,7 @@ def test_significant_digits(value: float, text: str) -> None:
     [(999, "999 B"), (3_420_000, "3.42 MB"), (999_700, "1.00 MB"), (4e9, "4.00 GB"), (0, "0 B")],
 )
 def test_amounts(value: float, text: str) -> None:
-    assert wording.amount(value) == text
+    assert human(value) == text
 
 
 def test_errors_decide_the_digits() -> None:

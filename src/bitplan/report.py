@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bitplan import artifacts
 from bitplan.artifacts import Artifact, Evaluation, Plan, Quantized, Sensitivity
+from bitplan.budget import human
 from bitplan.errors import ArtifactError
 from bitplan.reporting import charts, figures, findings, heatmaps, scales, verdict, wording
 from bitplan.reporting.findings import Findings
@@ -126,7 +127,7 @@ def _environment(**options: Any) -> Environment:
         **options,
     )
     made.filters |= {
-        "size": wording.amount,
+        "size": human,
         "sig": wording.sig,
         "percent": wording.percent,
     }

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from bitplan import formats
 from bitplan.artifacts import Candidate, Evaluation, Plan, Sensitivity
+from bitplan.budget import human
 from bitplan.reporting import heatmaps, verdict
-from bitplan.reporting.wording import amount, measurement, percent, plain, sig, with_error
+from bitplan.reporting.wording import measurement, percent, plain, sig, with_error
 from bitplan.units import layer_and_role
 
 WIDTH = 80
@@ -82,9 +83,9 @@ def of_plan(plan: Plan) -> str:
     ]
     return _lines(
         [
-            f"{plain(plan.model.name)}: {amount(plan.bytes)} of {amount(plan.model.bytes)},"
+            f"{plain(plan.model.name)}: {human(plan.bytes)} of {human(plan.model.bytes)},"
             f" {plan.bpw:.2f} bits per weight",
-            f"budget {plain(plan.budget.text)} ({amount(plan.budget.bytes)}); predicted damage"
+            f"budget {plain(plan.budget.text)} ({human(plan.budget.bytes)}); predicted damage"
             f" {sig(plan.damage)} {plain(plan.damage_unit)}",
             "",
             *columns(mix, "lrrl"),
@@ -101,7 +102,7 @@ def of_evaluation(evaluation: Evaluation) -> str:
     head = [
         f"{plain(evaluation.model.name)} on {plain(evaluation.text.source)},"
         f" {evaluation.text.windows} windows of {evaluation.text.ctx} tokens",
-        f"reference: {amount(evaluation.reference.bytes)}"
+        f"reference: {human(evaluation.reference.bytes)}"
         + (f", perplexity {sig(base)}" if base is not None else ""),
     ]
     if not ranked:
@@ -120,7 +121,7 @@ def _candidate(one: Candidate, best: bool, most: float) -> tuple[str, ...]:
     return (
         "*" if best else "",
         one.name,
-        amount(one.bytes),
+        human(one.bytes),
         with_error(kl, one.stderr("kl")) if kl is not None else "",
         bar(_kl(one), most, 8),
         measurement("perplexity", ppl) if ppl is not None else "",

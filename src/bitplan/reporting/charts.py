@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitplan.artifacts import Candidate, Plan
+from bitplan.budget import human
 from bitplan.reporting import heatmaps
 from bitplan.reporting.findings import NOT_QUANTIZED, Findings
 from bitplan.reporting.scales import (
@@ -25,7 +26,7 @@ from bitplan.reporting.scales import (
     palette,
     place,
 )
-from bitplan.reporting.wording import amount, hover, percent, sig, with_error
+from bitplan.reporting.wording import hover, percent, sig, with_error
 
 Figure = dict[str, Any]
 
@@ -114,13 +115,13 @@ def frontier(facts: Findings, plan: Plan) -> Figure:
             "line": {"color": FRONTIER, "width": 2},
             "hoverinfo": "text",
             "hovertext": [
-                f"{amount(p.bytes)}, {p.bpw:.2f} bits a weight<br>predicted {sig(p.damage)} {unit}"
+                f"{human(p.bytes)}, {p.bpw:.2f} bits a weight<br>predicted {sig(p.damage)} {unit}"
                 for p in line
             ],
         }
     ]
     if plan.damage > 0:
-        text = f"<b>plan</b> {amount(plan.bytes)}<br>predicted {sig(plan.damage)} {unit}"
+        text = f"<b>plan</b> {human(plan.bytes)}<br>predicted {sig(plan.damage)} {unit}"
         data.append(
             _points("this plan, predicted", "diamond-open", PLAN)
             | {"x": [plan.bytes / seen.unit], "y": [plan.damage], "hovertext": [text]}
@@ -153,7 +154,7 @@ def _measured(facts: Findings, plan: Plan) -> list[Figure]:
                     "width": 4,
                 },
                 "hovertext": [
-                    f"<b>{hover(c.name)}</b> {amount(c.bytes)}<br>KL {with_error(kl, e)} nats/token"
+                    f"<b>{hover(c.name)}</b> {human(c.bytes)}<br>KL {with_error(kl, e)} nats/token"
                     for c, kl, e in members
                 ],
                 "meta": {"narrow": _labels(names, narrow)},
@@ -233,7 +234,7 @@ def spend(facts: Findings) -> Figure:
             "insidetextanchor": "middle",
             "hoverinfo": "text",
             "hovertext": [
-                f"<b>{hover(r)}</b> in {name}<br>{amount(facts.spend[r].get(name, 0))},"
+                f"<b>{hover(r)}</b> in {name}<br>{human(facts.spend[r].get(name, 0))},"
                 f" {percent(facts.spend[r].get(name, 0) / sum(sums), 1)} of the file"
                 for r in roles
             ],

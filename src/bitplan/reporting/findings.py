@@ -21,10 +21,11 @@ from bitplan.artifacts import (
     Sensitivity,
     TextFacts,
 )
+from bitplan.budget import human
 from bitplan.errors import ArtifactError
 from bitplan.reporting import verdict
 from bitplan.reporting.verdict import Verdict
-from bitplan.reporting.wording import amount, ranges
+from bitplan.reporting.wording import ranges
 from bitplan.units import layer_and_role
 
 NOT_QUANTIZED = "not quantized"
@@ -191,7 +192,7 @@ def alternatives(sensitivity: Sensitivity, plan: Plan) -> list[Alternative]:
     low, high = tabulate(sensitivity, plan.pins, floors).reachable()
     wanted = [min(max(int(share * plan.budget.bytes), low), high) for share in (1.0, *AROUND)]
     here, *others = (
-        make(sensitivity, Budget(text=amount(n), bytes=n), pins=plan.pins, floors=floors)
+        make(sensitivity, Budget(text=human(n), bytes=n), pins=plan.pins, floors=floors)
         for n in dict.fromkeys(wanted)
     )
     return [

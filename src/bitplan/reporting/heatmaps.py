@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitplan.artifacts import Score, Sensitivity
+from bitplan.budget import human
 from bitplan.reporting.findings import Findings, Stored
 from bitplan.reporting.scales import PLASMA, log_ticks, palette
-from bitplan.reporting.wording import amount, hover, sig, with_error
+from bitplan.reporting.wording import hover, sig, with_error
 
 Figure = dict[str, Any]
 Place = tuple[str, int | None]
@@ -41,7 +42,7 @@ def bits(facts: Findings) -> Figure:
 
 
 def _told(row: Stored) -> str:
-    size = f", {amount(row.bytes)}" if row.bytes is not None else ""
+    size = f", {human(row.bytes)}" if row.bytes is not None else ""
     damage = f"predicted damage {sig(row.damage)}<br>" if row.damage is not None else ""
     return (
         f"<b>{hover(row.unit)}</b><br>{row.format}, {sig(row.bits)} bits{size}<br>{damage}"

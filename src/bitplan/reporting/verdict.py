@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bitplan.artifacts import Candidate, Comparison, Evaluation, Plan, Sensitivity
-from bitplan.reporting.wording import amount, percent, plain, sig, with_error
+from bitplan.budget import human
+from bitplan.reporting.wording import percent, plain, sig, with_error
 
 QUALITY = {
     "bytes": "Size", "bpw": "Bits per weight", "perplexity": "Perplexity",
@@ -53,7 +54,7 @@ def of(evaluation: Evaluation | None, plan: Plan | None, table: Sensitivity | No
         return _measured(evaluation, plan)
     if plan is not None:
         return Verdict(
-            f"{amount(plan.bytes)} instead of {amount(plan.model.bytes)}:"
+            f"{human(plan.bytes)} instead of {human(plan.model.bytes)}:"
             f" {plan.bpw:.2f} bits per weight, predicted damage {sig(plan.damage)}"
             f" {plain(plan.damage_unit)}",
             "This is a prediction; nothing has been measured on the quantized model yet. Run"
@@ -156,7 +157,7 @@ def _measured(evaluation: Evaluation, plan: Plan | None) -> Verdict:
     first = shipped(evaluation)
     other = rival(evaluation, plan.budget.bytes if plan else 0)
     kl = first.value("kl")
-    start = f"{amount(first.bytes)} instead of {amount(evaluation.reference.bytes)}"
+    start = f"{human(first.bytes)} instead of {human(evaluation.reference.bytes)}"
     end = f"; KL {sig(kl)} nats/token" if kl is not None else ""
     if other is None or kl is None:
         return Verdict(start + end, _why(evaluation, first, None, None), first.name, "")
@@ -169,7 +170,7 @@ def _rivalry(first: Candidate, other: Candidate, pair: Comparison | None) -> str
     """`against 0.0146 for Q3_K_M at the same size: 47 % less lost`, or what may be said instead."""
     one, two = first.value("kl") or 0.0, other.value("kl") or 0.0
     same = abs(other.bytes / first.bytes - 1) < 0.01
-    size = "at the same size" if same else f"at {amount(other.bytes)}"
+    size = "at the same size" if same else f"at {human(other.bytes)}"
     if pair is not None and not is_clear(pair):
         return f"; {NO_DIFFERENCE} against {_named(other)} {size}"
     text = f" against {sig(two)} for {_named(other)} {size}"

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from bitplan.budget import human
+
 PER_SECOND = ("prompt_tps", "generate_tps")
 
 
@@ -27,17 +29,6 @@ def sig(value: float, digits: int = 3) -> str:
     shown = float(f"{value:.{digits - 1}e}")  # 0.9996 has become 1.00 before digits are counted
     decimals = digits - 1 - math.floor(math.log10(abs(shown)))
     return f"{value:,.{max(decimals, 0)}f}"
-
-
-def amount(count: float, exact: bool = False) -> str:
-    """`3.42 MB`, always with three digits so that columns line up; with `exact`, the bytes too."""
-    value, name = float(count), "B"
-    for name in ("B", "kB", "MB", "GB", "TB"):
-        if abs(value) < 999.5 or name == "TB":
-            break
-        value /= 1000
-    shown = f"{count:.0f} B" if name == "B" else f"{sig(value)} {name}"
-    return f"{shown} ({count:,.0f} bytes)" if exact else shown
 
 
 def with_error(value: float, stderr: float | None) -> str:
@@ -57,7 +48,7 @@ def percent(fraction: float, digits: int = 0) -> str:
 def measurement(metric: str, value: float, stderr: float | None = None) -> str:
     """A measurement as it stands in a table, without its unit where the column names it."""
     if metric in ("bytes", "memory"):
-        return amount(value)
+        return human(value)
     if metric == "bpw":
         return f"{value:.2f}"
     if metric == "top1_agreement" or metric.startswith("accuracy:"):
