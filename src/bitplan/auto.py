@@ -109,31 +109,30 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
         first = plan.make(
             sensitivity, budget, pins=options.rules(request.keep, "--keep"), floors=floors
         )
+        ring = contest.Ring(
+            model, facts, out, matrix, request.speed, request.allow_requantize, progress
+        )
         result = contest.run(
-            model,
+            ring,
             sensitivity,
             first,
             calibration,
             held_out,
-            out,
-            imatrix=matrix,
             floors=floors,
             rivals=_rivals(request.presets),
-            speed=request.speed,
-            allow_requantize=request.allow_requantize,
-            progress=progress,
         )
-    files = report.write_from(out)
+    return _told(result, report.write_from(out))
+
+
+def _told(result: contest.Result, files: list[Path]) -> Outcome:
+    """The outcome, with what the terminal shows of it."""
     page = next(f for f in files if f.suffix == ".html")
-    parts = [
-        summary.of_plan(result.plan),
-        summary.of_evaluation(result.evaluation),
+    where = [
         f"{result.file}  {human(result.file.stat().st_size)}",
         f"{page}  open it in a browser",
     ]
-    return Outcome(
-        result.evaluation, result.file, "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:])
-    )
+    text = [summary.of_plan(result.plan), summary.of_evaluation(result.evaluation)]
+    return Outcome(result.evaluation, result.file, "\n\n".join([*text, "\n".join(where)]))
 
 
 def _settings(request: Request) -> tuple[list[formats.Format], measure.Settings]:

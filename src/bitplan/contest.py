@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitplan import evaluate, presets, quantize, refine
-from bitplan.artifacts import Evaluation, Plan, Quantized, Sensitivity
+from bitplan.artifacts import Evaluation, ModelFacts, Plan, Quantized, Sensitivity
 from bitplan.evaluate import Contender
 from bitplan.imatrix import Imatrix
 from bitplan.measure import added_keys
@@ -38,81 +38,116 @@ class Result:
     file: Path
 
 
+@dataclass(frozen=True)
+class Ring:
+    """Where the contest takes place: what every step of it needs."""
+
+    model: LlamaModel
+    facts: ModelFacts
+    out: Path
+    imatrix: Imatrix | None = None
+    speed: bool = True
+    allow_requantize: bool = False
+    progress: Progress = lambda *_: None
+
+    @property
+    def matrix(self) -> Path | None:
+        return self.out / "imatrix.gguf" if self.imatrix else None
+
+    @property
+    def importance(self) -> dict[str, npt.NDArray[np.float32]]:
+        return self.imatrix.importance() if self.imatrix else {}
+
+
 def run(
-    model: LlamaModel,
+    ring: Ring,
     sensitivity: Sensitivity,
-    wanted: Plan,
+    first: Plan,
     calibration: Windows,
     held_out: Windows,
-    out: Path,
     *,
-    imatrix: Imatrix | None = None,
     floors: Mapping[str, str] | None = None,
     rivals: Rivals = "near",
-    speed: bool = True,
-    allow_requantize: bool = False,
-    progress: Progress = lambda *_: None,
 ) -> Result:
     """Turn a first plan into the best measured file within its budget."""
-    importance = imatrix.importance() if imatrix else {}
-    matrix = out / "imatrix.gguf" if imatrix else None
-    keys = added_keys(imatrix)
     chosen = refine.run(
-        model, sensitivity, wanted, calibration, importance, floors=floors, progress=progress
+        ring.model,
+        sensitivity,
+        first,
+        calibration,
+        ring.importance,
+        floors=floors,
+        progress=ring.progress,
     )
-    chosen.save(out / "plan.json")
-    fitting = wanted_rivals(
-        presets.fitting(model.header, wanted.budget.bytes, keys, matrix), rivals
-    )
-    rival = best_preset(model, fitting, calibration, importance, progress)
-    files = {"plan": out / f"{model.path.stem}-{chosen.bpw:.2f}bpw.gguf"}
-    quantized = quantize.run(
-        model.path,
-        chosen,
-        files["plan"],
-        matrix=matrix,
-        threads=model.threads,
-        allow_requantize=allow_requantize,
-        progress=progress,
-    )
+    chosen.save(ring.out / "plan.json")
+    keys = added_keys(ring.imatrix)
+    fitting = presets.fitting(ring.model.header, first.budget.bytes, keys, ring.matrix)
+    fitting = wanted_rivals(fitting, rivals)
+    rival = best_preset(ring, fitting, calibration)
+    written = {"plan": _write_plan(ring, chosen)}
     if rival is not None:
-        files[rival.name] = out / f"{model.path.stem}-{rival.name}.gguf"
-        rival_command = gguf.write(
-            model.header,
-            rival.types,
-            files[rival.name],
-            plan_hash="0" * 64,
-            matrix=matrix,
-            threads=model.threads,
-            allow_requantize=allow_requantize,
-            progress=progress,
-        )
-    contenders = [Contender(name, path.stat().st_size, path) for name, path in files.items()]
-    contenders += [
-        Contender(p.name, p.bytes, types=presets.as_units(p.types)) for p in fitting if p != rival
-    ]
-    evaluation = evaluate.run(
-        model,
-        sensitivity.model,
-        contenders,
-        held_out,
-        importance=importance,
-        speed=speed,
-        shipped="plan",
-        parents={"plan": chosen.hash(), "sensitivity": sensitivity.hash()},
-        progress=progress,
-    )
-    best = min(files, key=evaluation.kl)
+        written[rival.name] = _write_preset(ring, rival)
+    evaluation = _evaluated(ring, written, [p for p in fitting if p != rival], held_out, chosen)
+    best = min(written, key=evaluation.kl)
     evaluation = evaluation.model_copy(update={"shipped": best})
-    evaluation.save(out / "evaluation.json")
-    if rival is not None and best == rival.name:
-        parents = {"model": sensitivity.model.sha256}
-        weights = sensitivity.model.weights
-        quantized = quantize.record(files[best], rival.types, rival_command, weights, parents)
-    for name, path in files.items():
+    evaluation.save(ring.out / "evaluation.json")
+    written[best].save(ring.out / "quantized.json")
+    for name, made in written.items():
         if name != best:
-            path.unlink()
-    return Result(chosen, evaluation, quantized, files[best])
+            (ring.out / made.file).unlink()
+    return Result(chosen, evaluation, written[best], ring.out / written[best].file)
+
+
+def _write_plan(ring: Ring, chosen: Plan) -> Quantized:
+    return quantize.run(
+        ring.model.path,
+        chosen,
+        ring.out / f"{ring.model.path.stem}-{chosen.bpw:.2f}bpw.gguf",
+        facts=ring.facts,
+        matrix=ring.matrix,
+        threads=ring.model.threads,
+        allow_requantize=ring.allow_requantize,
+        progress=ring.progress,
+    )
+
+
+def _write_preset(ring: Ring, preset: Preset) -> Quantized:
+    file = ring.out / f"{ring.model.path.stem}-{preset.name}.gguf"
+    command = gguf.write(
+        ring.model.header,
+        preset.types,
+        file,
+        plan_hash="0" * 64,
+        matrix=ring.matrix,
+        threads=ring.model.threads,
+        allow_requantize=ring.allow_requantize,
+        progress=ring.progress,
+    )
+    parents = {"model": ring.facts.sha256}
+    return quantize.record(file, preset.types, command, ring.facts.weights, parents)
+
+
+def _evaluated(
+    ring: Ring,
+    written: Mapping[str, Quantized],
+    swapped: Sequence[Preset],
+    windows: Windows,
+    chosen: Plan,
+) -> Evaluation:
+    """The written files and, by hot swap, the other presets, on held-out windows."""
+    contenders = [Contender(n, q.bytes, ring.out / q.file) for n, q in written.items()]
+    contenders += [Contender(p.name, p.bytes, types=presets.as_formats(p.types)) for p in swapped]
+    return evaluate.run(
+        ring.model,
+        ring.facts,
+        contenders,
+        windows,
+        importance=ring.importance,
+        speed=ring.speed,
+        shipped="plan",
+        parents={"plan": chosen.hash(), "sensitivity": chosen.origin.parents["sensitivity"]},
+        progress=ring.progress,
+    )
 
 
 def wanted_rivals(fitting: Sequence[Preset], rivals: Rivals) -> list[Preset]:
@@ -127,17 +162,11 @@ def wanted_rivals(fitting: Sequence[Preset], rivals: Rivals) -> list[Preset]:
     return [p for p in fitting if p.name in rivals]
 
 
-def best_preset(
-    model: LlamaModel,
-    fitting: Sequence[Preset],
-    windows: Windows,
-    importance: Mapping[str, npt.NDArray[np.float32]],
-    progress: Progress,
-) -> Preset | None:
+def best_preset(ring: Ring, fitting: Sequence[Preset], windows: Windows) -> Preset | None:
     """The preset of least KL on the calibration windows, by hot swap; None when none fits."""
     if len(fitting) < 2:
         return fitting[0] if fitting else None
-    rivals = [Contender(p.name, p.bytes, types=presets.as_units(p.types)) for p in fitting]
-    _, figures = evaluate.tokens(model, rivals, windows, importance, progress)
+    rivals = [Contender(p.name, p.bytes, types=presets.as_formats(p.types)) for p in fitting]
+    _, figures = evaluate.tokens(ring.model, rivals, windows, ring.importance, ring.progress)
     best = min(figures, key=lambda name: float(figures[name].kl.mean()))
     return next(p for p in fitting if p.name == best)

@@ -126,9 +126,9 @@ def from_importance(
     total = sum(u.weights for u in units)
     scores = []
     for unit in units:
-        rank = (levels.index(importance[unit.name]) + 1) / len(levels)
         row = []
         for fmt in formats[unit.name]:
+            rank = (levels.index(importance[unit.name]) + 1) / len(levels)
             damage = rank * unit.weights / total * errors[unit.name, fmt.name]
             row.append(
                 Score(

@@ -30,6 +30,8 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 Cells = dict[tuple[str, str], Mean]
+Rows = Mapping[str, Sequence[Format]]
+"""Unit -> its candidate formats."""
 
 
 @dataclass(frozen=True)
@@ -64,41 +66,19 @@ def run(
     Raises UnknownNameError for a scorer that does not exist, ArtifactError when OUT holds
     measurements of other work.
     """
-    scorer, reverse = scorers.get(settings.scorer)
+    scorer, _ = scorers.get(settings.scorer)
     facts = facts or identity.model_facts(model.header)
-    parents = {"model": facts.sha256, "text": windows.facts.sha256}
-    parents["imatrix"] = imatrix.hash() if imatrix else ""
-    origin = Origin(
-        engine=engine_version(),
-        parents=parents,
-        seed=settings.seed,
-        settings=_recorded(settings, model),
-    )
+    origin = _origin(model, facts, windows, settings, imatrix)
     if not fresh and (there := _made_before(out, origin, windows)):
         return there
     found = model.units(settings.grouping)
     rows = {u.name: candidates(u, settings.formats) for u in found}
-    everything = [(u, f) for u in found for f in rows[u.name] if f != u.tensors[0].fmt]
+    cells = [(u, f) for u in found for f in rows[u.name] if f != u.tensors[0].fmt]
     importance = imatrix.importance() if imatrix else {}
-    job = Job(model, windows.tokens, everything, importance, settings.seed, model.threads)
+    job = Job(model, windows.tokens, cells, importance, settings.seed, model.threads)
     key = {"schema": schema_of(Sensitivity), **origin.model_dump(), **windows.facts.model_dump()}
     with Journal(out / "sensitivity.journal", key, fresh) as journal:
-        errors = {k: m.value for k, m in _collect("weight_error", job, journal, progress).items()}
-        layers: dict[int, float] = {}
-        if scorer.LAYERWISE:
-            ranked = _collect(settings.scorer, job, journal, progress)
-            values = {unit: -m.value if reverse else m.value for (unit, _), m in ranked.items()}
-            layers = {u.layer: values[u.name] for u in found if u.layer is not None}
-            scores = inference.from_importance(found, rows, values, errors)
-        else:
-            chosen = [c for c in everything if settings.full or _is_probe(c, settings, rows)]
-            job = dataclasses.replace(job, cells=chosen)
-            if settings.scorer.endswith("weight_error"):
-                measured: Cells = {k: Mean(1, e, e * e) for k, e in errors.items()}
-            else:
-                measured = _collect(settings.scorer, job, journal, progress)
-            scores = inference.fill(found, rows, measured, errors)
-            scores = inference.reversed_rows(scores) if reverse else scores
+        scores, layers = _scores(job, found, rows, settings, journal, progress)
         result = Sensitivity(
             schema=schema_of(Sensitivity),
             origin=origin,
@@ -111,12 +91,65 @@ def run(
             scores=scores,
             layer_scores=layers,
             fixed_bytes=gguf_layout.fixed_bytes(model.header, added_keys(imatrix)),
-            imatrix=parents["imatrix"],
+            imatrix=origin.parents["imatrix"],
             swap_error=swap_error(model, found, rows, importance),
         )
         result.save(out / "sensitivity.json")
         journal.finish()
     return result
+
+
+def _scores(
+    job: Job,
+    units: Sequence[Unit],
+    rows: Rows,
+    settings: Settings,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[list[Score], dict[int, float]]:
+    """The whole table, and the importance of each layer where the scorer ranks layers."""
+    scorer, reverse = scorers.get(settings.scorer)
+    errors = {k: m.value for k, m in _collect("weight_error", job, journal, progress).items()}
+    if scorer.LAYERWISE:
+        ranked = _collect(settings.scorer, job, journal, progress)
+        values = {unit: -m.value if reverse else m.value for (unit, _), m in ranked.items()}
+        layers = {u.layer: values[u.name] for u in job.units if u.layer is not None}
+        return inference.from_importance(units, rows, values, errors), layers
+    if settings.scorer.endswith("weight_error"):
+        measured: Cells = {k: Mean(1, e, e * e) for k, e in errors.items()}
+    else:
+        chosen = [c for c in job.cells if settings.full or _is_probe(c, settings, rows)]
+        job = dataclasses.replace(job, cells=chosen)
+        measured = _collect(settings.scorer, job, journal, progress)
+    scores = inference.fill(units, rows, measured, errors)
+    return (inference.reversed_rows(scores) if reverse else scores), {}
+
+
+def _origin(
+    model: LlamaModel,
+    facts: ModelFacts,
+    windows: Windows,
+    settings: Settings,
+    imatrix: Imatrix | None,
+) -> Origin:
+    """Everything that decides the result: what must agree for old measurements to count."""
+    return Origin(
+        engine=engine_version(),
+        parents={
+            "model": facts.sha256,
+            "text": windows.facts.sha256,
+            "imatrix": imatrix.hash() if imatrix else "",
+        },
+        seed=settings.seed,
+        settings={
+            "scorer": settings.scorer,
+            "formats": [f.name for f in settings.formats],
+            "group": settings.grouping,
+            "probes": [f.name for f in settings.probes],
+            "full": settings.full,
+            "threads": model.threads,
+        },
+    )
 
 
 def _made_before(out: Path, origin: Origin, windows: Windows) -> Sensitivity | None:
@@ -137,17 +170,6 @@ def added_keys(imatrix: Imatrix | None) -> dict[str, int | str]:
         return gguf_layout.added_keys(None, 0, 0)
     dataset = imatrix.datasets[0] if imatrix.datasets else ""
     return gguf_layout.added_keys(dataset, len(imatrix.entries), imatrix.chunks)
-
-
-def _recorded(settings: Settings, model: LlamaModel) -> dict[str, object]:
-    return {
-        "scorer": settings.scorer,
-        "formats": [f.name for f in settings.formats],
-        "group": settings.grouping,
-        "probes": [f.name for f in settings.probes],
-        "full": settings.full,
-        "threads": model.threads,
-    }
 
 
 def _collect(name: str, job: Job, journal: Journal, progress: Progress) -> Cells:
@@ -177,9 +199,7 @@ def _collect(name: str, job: Job, journal: Journal, progress: Progress) -> Cells
     return cells
 
 
-def _is_probe(
-    cell: tuple[Unit, Format], settings: Settings, rows: Mapping[str, Sequence[Format]]
-) -> bool:
+def _is_probe(cell: tuple[Unit, Format], settings: Settings, rows: Rows) -> bool:
     """Whether this cell is measured: its format is a probe, or the nearest to one."""
     unit, fmt = cell
     row = rows[unit.name]
@@ -207,7 +227,7 @@ def _by_size(scores: Sequence[Score]) -> list[str]:
 def swap_error(
     model: LlamaModel,
     found: Sequence[Unit],
-    rows: Mapping[str, Sequence[Format]],
+    rows: Rows,
     importance: Mapping[str, ggml.Array],
 ) -> dict[str, float]:
     """What re-encoding rounded weights in the reference's own type adds: relative squared error.

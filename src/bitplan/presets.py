@@ -78,6 +78,6 @@ def fitting(
     return sorted((p for p in known if p.bytes <= budget), key=lambda p: (-p.bytes, p.name))
 
 
-def as_units(types: Mapping[str, str]) -> dict[str, formats.Format]:
+def as_formats(types: Mapping[str, str]) -> dict[str, formats.Format]:
     """Types by tensor as formats, for `Runtime.rounded`."""
     return {tensor: formats.get(name) for tensor, name in types.items()}

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bitplan import gguf_file, identity, imatrix
-from bitplan.artifacts import Origin, Plan, Quantized, schema_of
+from bitplan.artifacts import ModelFacts, Origin, Plan, Quantized, schema_of
 from bitplan.errors import ArtifactError, ImatrixError
+from bitplan.gguf_file import Header
 from bitplan.runtimes.llamacpp import engine_version
 from bitplan.writers import gguf
 
@@ -22,6 +23,7 @@ def run(
     plan: Plan,
     out: Path,
     *,
+    facts: ModelFacts | None = None,
     matrix: Path | None = None,
     threads: int = 0,
     allow_requantize: bool = False,
@@ -29,29 +31,18 @@ def run(
 ) -> Quantized:
     """Write OUT (a .gguf file) and quantized.json beside it.
 
-    Raises ArtifactError for a plan of another model, ImatrixError for another matrix than the one
+    facts: `identity.model_facts` of the model, where the caller has them. Raises ArtifactError
+    for a plan of another model, ImatrixError for another matrix than the one
     that was measured with, and what the writer raises.
     """
     header = gguf_file.read(model)
-    facts = identity.model_facts(header)
+    facts = facts or identity.model_facts(header)
     if facts.sha256 != plan.model.sha256:
         raise ArtifactError(
             f"the plan was made for another model ({plan.model.name}, sha256"
             f" {plan.model.sha256[:12]}), not for {model} ({facts.sha256[:12]}); plan again."
         )
-    if matrix is not None:
-        loaded = imatrix.read(matrix)
-        imatrix.check(loaded, header)
-        if plan.imatrix and loaded.hash() != plan.imatrix:
-            raise ImatrixError(
-                f"{matrix}: is not the importance matrix that the plan was measured with; give that"
-                " one, or measure again with this one."
-            )
-    elif plan.imatrix:
-        raise ImatrixError(
-            "the plan was measured with an importance matrix; name it with --imatrix (measure left"
-            " it beside sensitivity.json as imatrix.gguf)."
-        )
+    _check_matrix(header, plan, matrix)
     line = gguf.write(
         header,
         plan.tensors,
@@ -63,15 +54,35 @@ def run(
         progress=progress,
     )
     parents = {"model": facts.sha256, "plan": plan.hash()}
-    return record(out, plan.tensors, line, facts.weights, parents)
+    result = record(out, plan.tensors, line, facts.weights, parents)
+    result.save(out.with_name("quantized.json"))
+    return result
+
+
+def _check_matrix(header: Header, plan: Plan, matrix: Path | None) -> None:
+    """The importance matrix must be the model's, and the one that the plan was measured with."""
+    if matrix is None:
+        if plan.imatrix:
+            raise ImatrixError(
+                "the plan was measured with an importance matrix; name it with --imatrix (measure"
+                " left it beside sensitivity.json as imatrix.gguf)."
+            )
+        return
+    loaded = imatrix.read(matrix)
+    imatrix.check(loaded, header)
+    if plan.imatrix and loaded.hash() != plan.imatrix:
+        raise ImatrixError(
+            f"{matrix}: is not the importance matrix that the plan was measured with; give that"
+            " one, or measure again with this one."
+        )
 
 
 def record(
     file: Path, types: Mapping[str, str], command: str, weights: int, parents: Mapping[str, str]
 ) -> Quantized:
-    """Write quantized.json beside a file that has been written and checked."""
+    """The artefact for a file that has been written and checked."""
     size = file.stat().st_size
-    result = Quantized(
+    return Quantized(
         schema=schema_of(Quantized),
         origin=Origin(engine=engine_version(), parents=dict(parents)),
         file=file.name,
@@ -81,5 +92,3 @@ def record(
         tensors=dict(types),
         command=command,
     )
-    result.save(file.with_name("quantized.json"))
-    return result
