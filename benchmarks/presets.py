@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitplan import demo, evaluate, formats, imatrix, measure, plan, presets, text
+from bitplan import demo, evaluate, formats, imatrix, measure, plan, presets, refine, text
 from bitplan.artifacts import Budget
 from bitplan.demo import corpus
 from bitplan.metrics import mean
@@ -41,6 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--refine", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--readme", type=Path, help="file whose table to replace")
     return parser.parse_args()
 
 
@@ -51,7 +52,10 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         rows = compare(args, out)
         (out / "presets.json").write_text(json.dumps(rows, indent=1) + "\n")
-    show(rows, args)
+    table = show(rows, args)
+    print(table)
+    if args.readme:
+        update(args.readme, table)
 
 
 def cut(model: LlamaModel, source: str, part: corpus.Part, count: int) -> text.Windows:
@@ -78,6 +82,8 @@ def compare(args: argparse.Namespace, out: Path) -> list[dict[str, float | str]]
         for preset in pairs:
             target = Budget(text=preset.name, bytes=preset.bytes)
             chosen = plan.make(sensitivity, target)
+            if args.refine:
+                chosen = refine.run(model, sensitivity, chosen, measured, matrix.importance())
             for name, types in (
                 (preset.name, preset.types),
                 (f"plan@{preset.name}", chosen.tensors),
@@ -104,19 +110,29 @@ def compare(args: argparse.Namespace, out: Path) -> list[dict[str, float | str]]
     return rows
 
 
-def show(rows: list[dict[str, float | str]], args: argparse.Namespace) -> None:
-    print(
-        f"{args.model.name}, {args.held_out} held-out windows of 512, llama-cpp-python"
-        f" {engine_version()}, Python {platform.python_version()}\n"
-    )
-    print("| size of | bytes | preset's KL | plan's KL | difference | ratio |")
-    print("|---|---|---|---|---|---|")
-    for r in rows:
-        print(
-            f"| {r['preset']} | {r['bytes']:,} | {r['preset_kl']:.4f} | {r['plan_kl']:.4f} |"
-            f" {r['difference']:.4f} ± {r['stderr']:.4f} | {r['ratio']:.2f} |"
-        )
-    print(f"\nmean ratio {np.mean([float(r['ratio']) for r in rows]):.3f}")
+def update(readme: Path, table: str) -> None:
+    """Put the table between the markers of a README."""
+    begin, end = "<!-- results: benchmarks/presets.py -->", "<!-- end results -->"
+    before, rest = readme.read_text().split(begin)
+    readme.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}")
+
+
+def show(rows: list[dict[str, float | str]], args: argparse.Namespace) -> str:
+    lines = [
+        f"Model: {args.model.name}; text: {args.evaluation}, {args.held_out} held-out windows of"
+        f" 512 tokens; llama-cpp-python {engine_version()}, Python {platform.python_version()},"
+        f" {platform.machine()}.",
+        "",
+        "| size of | bytes | preset's KL | bitplan's KL | difference, paired | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['preset']} | {r['bytes']:,} | {r['preset_kl']:.5f} | {r['plan_kl']:.5f} |"
+        f" {r['difference']:.5f} ± {r['stderr']:.5f} | {r['ratio']:.2f} |"
+        for r in rows
+    ]
+    lines.append(f"\nMean ratio {np.mean([float(r['ratio']) for r in rows]):.3f}.")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,11 @@ _TABLE = (
 FORMATS = {f.name: f for f in _TABLE}
 BY_TYPE = {f.type_id: f for f in _TABLE}
 
-DEFAULT = ("q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "iq3_s", "q3_k", "iq3_xxs", "q2_k")
-"""Candidates of a plan unless told otherwise: good at their size, and quick enough to round."""
+DEFAULT = (
+    "q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "iq3_s", "q3_k", "iq3_xxs", "q2_k", "iq2_s",
+    "iq2_xxs",
+)  # fmt: skip
+"""Candidates of a plan unless told otherwise: the best at their size, from 2 to 8.5 bits."""
 
 
 def get(name: str) -> Format:

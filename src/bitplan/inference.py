@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bitplan.artifacts import Score
+from bitplan.artifacts import Score, Sensitivity
 from bitplan.divergence import Mean
 from bitplan.formats import Format
 from bitplan.units import Unit
@@ -163,3 +163,11 @@ def reversed_rows(scores: Sequence[Score]) -> list[Score]:
         )
         for s in scores
     ]
+
+
+def scaled(table: Sensitivity, factors: Mapping[str, float]) -> Sensitivity:
+    """The table with every cell scaled by its format's factor (see `refine`)."""
+    scores = [
+        s.model_copy(update={"damage": s.damage * factors.get(s.format, 1.0)}) for s in table.scores
+    ]
+    return table.model_copy(update={"scores": scores})

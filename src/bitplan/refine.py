@@ -1,19 +1,22 @@
 """Damage does not add up exactly: measure the plan itself, correct the table, solve again.
 
-The plan is measured whole and layer by layer. Where a layer's units together lose more or less than
-the sum that was predicted, all their cells are scaled to what was measured, and the knapsack is
-solved again. The best plan that was measured is kept, so this never makes anything worse.
+Errors of some formats point the same way in every unit (IQ3_S and Q2_K shrink weights a little), so
+units that are rounded to one of them lose more together than alone. The plan is therefore measured
+whole, and once for each of its formats with only that format's units rounded; every cell of a
+format is scaled by measured / predicted, and the knapsack is solved again. The best plan that was
+measured is kept, so this never makes anything worse.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from bitplan import evaluate, formats, plan
+from bitplan import evaluate, formats, inference, plan
 from bitplan.artifacts import Plan, Sensitivity
 from bitplan.evaluate import Contender
 from bitplan.formats import Format
@@ -23,6 +26,9 @@ from bitplan.text import Windows
 
 Progress = Callable[[str, int, int], None]
 Importance = Mapping[str, npt.NDArray[np.float32]]
+Factors = Mapping[str, float]
+
+WHOLE = "plan"
 
 
 @dataclass(frozen=True)
@@ -50,30 +56,34 @@ def run(
     importance: Importance,
     *,
     floors: Mapping[str, str] | None = None,
-    rounds: int = 1,
+    rounds: int = 3,
     progress: Progress = lambda *_: None,
 ) -> Plan:
     """The best measured of the first plan and its corrected successors, within the same budget."""
     bench = Bench(model, windows, importance, progress)
-    best, best_kl, table = first, float("inf"), sensitivity
-    current = first
+    current, factors = first, dict[str, float]()
+    tried: list[tuple[float, Plan]] = []
     for _ in range(rounds + 1):
-        groups = by_layer(table, current)
-        measured = bench.kl({"plan": types(current), **groups})
-        if measured["plan"] < best_kl:
-            best, best_kl = current, measured["plan"]
-        table = corrected(table, current, measured)
-        following = plan.make(table, first.budget, pins=first.pins, floors=floors)
-        if following.formats == current.formats:
+        measured = bench.kl({WHOLE: types(current), **by_format(current)})
+        tried.append((measured[WHOLE], current))
+        factors = updated(factors, sensitivity, current, measured)
+        table = inference.scaled(sensitivity, factors)
+        current = plan.make(table, first.budget, pins=first.pins, floors=floors)
+        if any(current.formats == before.formats for _, before in tried):
             break
-        current = following
-    else:
-        last = bench.kl({"plan": types(current)})["plan"]
-        if last < best_kl:
-            best, best_kl = current, last
-    settings = {**best.origin.settings, "refined": rounds, "calibration_kl": best_kl}
-    parents = {**best.origin.parents, "sensitivity": sensitivity.hash()}
-    origin = best.origin.model_copy(update={"settings": settings, "parents": parents})
+    kl, best = min(tried, key=lambda pair: pair[0])
+    return _noted(best, sensitivity, kl, factors)
+
+
+def _noted(best: Plan, sensitivity: Sensitivity, kl: float, factors: Factors) -> Plan:
+    """The plan with its true parent, and what the correction was."""
+    found = {"calibration_kl": kl, "format_factors": dict(sorted(factors.items()))}
+    origin = best.origin.model_copy(
+        update={
+            "settings": {**best.origin.settings, "refined": found},
+            "parents": {**best.origin.parents, "sensitivity": sensitivity.hash()},
+        }
+    )
     return best.model_copy(update={"origin": origin})
 
 
@@ -81,34 +91,25 @@ def types(chosen: Plan) -> dict[str, Format]:
     return {tensor: formats.get(name) for tensor, name in chosen.tensors.items()}
 
 
-def by_layer(table: Sensitivity, chosen: Plan) -> dict[str, dict[str, Format]]:
-    """For each layer (and each unit outside the layers) a variant that rounds only its units."""
-    whole = types(chosen)
+def by_format(chosen: Plan) -> dict[str, dict[str, Format]]:
+    """For each format of a plan, a variant that rounds only the tensors stored in it."""
     groups: dict[str, dict[str, Format]] = {}
-    for unit in table.units:
-        groups.setdefault(group(unit.name, unit.layer), {}).update(
-            {tensor: whole[tensor] for tensor in unit.tensors}
-        )
+    for tensor, fmt in types(chosen).items():
+        groups.setdefault(fmt.name, {})[tensor] = fmt
     return groups
 
 
-def group(unit: str, layer: int | None) -> str:
-    return unit if layer is None else f"layer {layer}"
-
-
-def corrected(table: Sensitivity, chosen: Plan, measured: Mapping[str, float]) -> Sensitivity:
-    """The table with every layer's cells scaled so that the plan's prediction is what it lost.
-
-    Two factors: measured / predicted of the layer alone, and of the whole / all layers summed.
-    """
-    home = {u.name: group(u.name, u.layer) for u in table.units}
+def updated(
+    factors: Factors, table: Sensitivity, chosen: Plan, measured: Mapping[str, float]
+) -> dict[str, float]:
+    """Factor per format: measured / predicted, averaged (geometrically) with what was known."""
     predicted: dict[str, float] = {}
     for s in table.scores:
         if chosen.formats[s.unit] == s.format:
-            predicted[home[s.unit]] = predicted.get(home[s.unit], 0.0) + max(s.damage, 0.0)
-    together = measured["plan"] / max(sum(measured[g] for g in predicted), 1e-30)
-    factor = {g: together * measured[g] / p if p > 0 else 1.0 for g, p in predicted.items()}
-    scores = [
-        s.model_copy(update={"damage": s.damage * factor[home[s.unit]]}) for s in table.scores
-    ]
-    return table.model_copy(update={"scores": scores})
+            predicted[s.format] = predicted.get(s.format, 0.0) + max(s.damage, 0.0)
+    found = dict(factors)
+    for name, sum_of_cells in predicted.items():
+        if sum_of_cells > 0 and measured.get(name, 0.0) > 0:
+            new = measured[name] / sum_of_cells
+            found[name] = math.sqrt(found[name] * new) if name in found else new
+    return found

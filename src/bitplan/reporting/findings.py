@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bitplan import formats
 from bitplan.artifacts import (
@@ -185,10 +186,12 @@ def spending(rows: list[Stored], sensitivity: Sensitivity) -> dict[str, dict[str
 
 def alternatives(sensitivity: Sensitivity, plan: Plan) -> list[Alternative]:
     """What other budgets would change; one out of reach gives way to the nearest within it."""
+    from bitplan.inference import scaled
     from bitplan.plan import make, tabulate
 
-    recorded = plan.origin.settings.get("floors")
-    floors = recorded if isinstance(recorded, Mapping) else {}
+    floors = _recorded(plan, "floors")
+    factors = _recorded(plan, "refined").get("format_factors", {})
+    sensitivity = scaled(sensitivity, factors)
     low, high = tabulate(sensitivity, plan.pins, floors).reachable()
     wanted = [min(max(int(share * plan.budget.bytes), low), high) for share in (1.0, *AROUND)]
     here, *others = (
@@ -200,6 +203,11 @@ def alternatives(sensitivity: Sensitivity, plan: Plan) -> list[Alternative]:
         for there in others
         if there.bytes != here.bytes
     ]
+
+
+def _recorded(plan: Plan, name: str) -> Mapping[str, Any]:
+    found = plan.origin.settings.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _difference(sensitivity: Sensitivity, here: Plan, there: Plan, share: float) -> Alternative:
