@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from bitplan import divergence, formats, measure, scorers, text
+from bitplan import divergence, formats, gguf_file, imatrix, measure, scorers, text, units
 from bitplan.artifacts import Sensitivity, load
 from bitplan.errors import ArtifactError, UnknownNameError
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.scorers import Job
 from bitplan.text import Windows
+from bitplan.writers import gguf
 
 WANTED = formats.parse("q8_0,q4_k,q3_k,q2_k,iq4_xs")
 
@@ -213,3 +214,38 @@ def test_kill_9_at_ten_random_moments_changes_nothing(
     whole, again = (tmp_path / d / "sensitivity.json" for d in ("whole", "killed"))
     assert whole.read_bytes() == again.read_bytes()
     assert load(again, Sensitivity).scorer == "kl"
+
+
+def test_all_experts_of_a_matrix_are_one_unit(
+    tiny_moe_gguf: Path, text: str, tmp_path: Path
+) -> None:
+    with LlamaModel(tiny_moe_gguf, ctx=64, threads=1, swap=True) as model:
+        windows = cut(model, text)
+        captured = model.capture(windows.tokens, ["second_moments"])
+        matrix = imatrix.from_captured(captured, "words", 4, 64)
+        table = measure.run(model, windows, measure.Settings(WANTED), tmp_path, imatrix=matrix)
+    experts = [u for u in table.units if u.role == "ffn_down_exps"]
+    assert [u.shapes for u in experts] == [[[4, 256, 256]]] * 2
+    assert not [u for u in table.units if "gate_inp" in u.role]
+    damage = {s.unit: s.damage for s in table.scores if s.format == "q2_k"}
+    assert all(damage[u.name] > 0 for u in experts)
+
+
+def test_a_q8_0_reference_states_what_re_encoding_adds(
+    tiny_gguf: Path, text: str, tmp_path: Path
+) -> None:
+    header = gguf_file.read(tiny_gguf)
+    types = {t: "q8_0" for u in units.find(header) for t in u.types(formats.get("q8_0"))}
+    gguf.write(header, types, tmp_path / "q8.gguf", plan_hash="0" * 64, threads=1)
+    found = {}
+    for path in (tiny_gguf, tmp_path / "q8.gguf"):
+        with LlamaModel(path, ctx=64, threads=1, swap=True) as model:
+            settings = measure.Settings(formats.parse("q4_k,q2_k"))
+            found[path] = measure.run(model, cut(model, text), settings, tmp_path / path.stem)
+    exact, coarse = found.values()
+    assert exact.swap_error["max"] < 1e-6
+    assert 1e-6 < coarse.swap_error["mean"] < 1e-4  # Q8_0's own error is about 3e-5
+    for a, b in zip(exact.cells, coarse.cells, strict=True):
+        assert (a.unit, a.format) == (b.unit, b.format)
+    ratio = sum(s.damage for s in coarse.cells) / sum(s.damage for s in exact.cells)
+    assert ratio == pytest.approx(1, abs=0.2)
