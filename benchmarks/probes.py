@@ -36,15 +36,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=demo.MODEL)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=24)
+    parser.add_argument("--formats", default="default")
     parser.add_argument("--out", type=Path, default=Path("demo-out/probes"))
     args = parser.parse_args()
     with LlamaModel(args.model, swap=True) as model:
         captured = model.capture(cut(model, "calibration", 32).tokens, ["second_moments"])
         matrix = imatrix.from_captured(captured, "builtin", 32, 512)
-        settings = measure.Settings(formats.parse("default"), full=True)
+        settings = measure.Settings(formats.parse(args.formats), full=True)
         calibration = cut(model, "calibration", args.windows)
         full = measure.run(model, calibration, settings, args.out, imatrix=matrix)
-        settings = measure.Settings(formats.parse("default"), "weight_error", full=True)
+        settings = measure.Settings(formats.parse(args.formats), "weight_error", full=True)
         errors = measure.run(model, calibration, settings, args.out / "errors", imatrix=matrix)
         tables = {"full": full, **{c: inferred(model, full, errors, c) for c in CHOICES}}
         plans, evaluations = made(model, tables, calibration, matrix)
