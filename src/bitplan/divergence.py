@@ -37,7 +37,7 @@ def log_sum_exp(logits: Logits) -> Floats:
         peak = logits[rows].max(axis=1, keepdims=True)
         shifted = logits[rows] - peak
         np.exp(shifted, out=shifted)
-        out[rows] = np.log(shifted.sum(axis=1)) + peak[:, 0]
+        out[rows] = np.log(shifted.sum(axis=1, dtype=np.float64)) + peak[:, 0]
     return out
 
 
@@ -72,7 +72,8 @@ def kl(ref: Reference, logits: Logits) -> Floats:
         gap -= shift[rows]
         p = ref.logits[rows] - peak[rows]
         np.exp(p, out=p)
-        out[rows] = np.einsum("pv,pv->p", p, gap)
+        gap *= p
+        out[rows] = gap.sum(axis=1, dtype=np.float64)
     return out
 
 

@@ -29,7 +29,7 @@ class Format:
     fallback: str = ""
     """What llama.cpp stores instead when a row does not divide by `block`."""
     ftype: int = 0
-    """`enum llama_ftype` of a file that is mostly of this format, or the nearest there is."""
+    """`enum llama_ftype` of a file that is mostly of this format."""
 
     @property
     def bits(self) -> float:
@@ -60,7 +60,7 @@ _TABLE = (
     Format("q4_0", 2, 32, 18, ftype=2),
     Format("iq4_nl", 20, 32, 18, ftype=25),
     Format("iq4_xs", 23, 256, 136, fallback="iq4_nl", ftype=30),
-    Format("mxfp4", 39, 32, 17, ftype=7),
+    Format("mxfp4", 39, 32, 17, ftype=38),
     Format("q3_k", 11, 256, 110, fallback="q4_0", ftype=12),
     Format("iq3_s", 21, 256, 110, fallback="iq4_nl", ftype=26),
     Format("iq3_xxs", 18, 256, 98, True, "iq4_nl", 23),

@@ -210,4 +210,4 @@ def command(
     return shlex.join(parts)
 
 
-_FTYPE_NAMES = {"q5_k": "Q5_K_M", "q4_k": "Q4_K_M", "q3_k": "Q3_K_M"}
+_FTYPE_NAMES = {"q5_k": "Q5_K_M", "q4_k": "Q4_K_M", "q3_k": "Q3_K_M", "mxfp4": "MXFP4_MOE"}
