@@ -20,6 +20,7 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/presets.py
+	$(BIN)/python benchmarks/probes.py
 	$(BIN)/python benchmarks/speed.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
