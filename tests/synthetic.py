@@ -38,6 +38,9 @@ PRESETS = {
 TOKENS = 16 * 256
 
 
+FORMATS = ("q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "iq3_s", "q3_k", "iq3_xxs", "q2_k")
+
+
 def model(name: str = "stories 8M", layers: int = LAYERS) -> ModelFacts:
     weights = VOCAB * DIM + layers * (2 * DIM + sum(math.prod(s) for s in SHAPES.values()))
     return ModelFacts(
@@ -58,15 +61,15 @@ def sensitivity(name: str = "stories 8M", layers: int = LAYERS) -> Sensitivity:
         origin=Origin(
             engine="0.3.36",
             parents={"model": "ab" * 32, "text": "cd" * 32, "imatrix": ""},
-            settings={"scorer": "kl", "formats": list(formats.DEFAULT), "group": "tensor"},
+            settings={"scorer": "kl", "formats": list(FORMATS), "group": "tensor"},
         ),
         model=model(name, layers),
         text=TextFacts(source="builtin", sha256="cd" * 32, ctx=512, windows=16),
         scorer="kl",
         damage_unit="nats/token",
-        formats=list(formats.DEFAULT),
+        formats=list(FORMATS),
         units=units,
-        scores=[score(u, f, layers) for u in units for f in formats.DEFAULT],
+        scores=[score(u, f, layers) for u in units for f in FORMATS],
         fixed_bytes=121_344,
         imatrix="",
         swap_error={"mean": 1.2e-7, "max": 3.4e-7},

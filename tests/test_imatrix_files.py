@@ -185,7 +185,7 @@ def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
     second = raw.index(b"v.in_sum2") + len("v.in_sum2") + 4 + 8 + 4
     raw[second : second + 8] = bytes(8)
     path.write_bytes(raw[: -4096 * 4])
-    with pytest.raises(ImatrixError, match="its tensors overlap"):
+    with pytest.raises(ImatrixError, match="tensors .* overlap; the file is damaged"):
         imatrix.read(path)
 
 

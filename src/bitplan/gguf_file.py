@@ -143,6 +143,8 @@ def read(path: Path | str) -> Header:
     if len(set(names)) != len(names):
         double = next(n for n in names if names.count(n) > 1)
         raise ModelFileError(f"{path}: tensor {double!r} occurs twice; the file is damaged.")
+    for head in heads:
+        _refuse_overlaps(head)
     expected = first.metadata.get("split.tensors.count")
     if len(shards) > 1 and expected is not None and expected != len(tensors):
         raise ModelFileError(
@@ -152,6 +154,15 @@ def read(path: Path | str) -> Header:
     return Header(
         path, first.metadata, first.metadata_bytes, tensors, tuple(shards), first.array_lengths
     )
+
+
+def _refuse_overlaps(head: Header) -> None:
+    for before, after in itertools.pairwise(sorted(head.tensors, key=lambda t: t.start)):
+        if before.start + before.nbytes > after.start:
+            raise ModelFileError(
+                f"{head.path}: tensors {before.name!r} and {after.name!r} overlap; the file is"
+                " damaged, so fetch it again."
+            )
 
 
 def _shards(path: Path) -> list[Path]:
@@ -262,10 +273,4 @@ def _placed(
                 f" file has only {size:,}; it is truncated or damaged, so fetch it again."
             )
         placed.append(Tensor(name, shape, fmt, base + offset, nbytes, path))
-    in_order = sorted(placed, key=lambda t: t.start)
-    for before, after in itertools.pairwise(in_order):
-        if before.start + before.nbytes > after.start:
-            raise ModelFileError(
-                f"{path}: tensors {before.name!r} and {after.name!r} overlap; the file is damaged."
-            )
     return tuple(placed)

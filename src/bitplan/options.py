@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitplan import budget, formats, hub, imatrix, text
+from bitplan import budget, formats, hub, text
 from bitplan.artifacts import Budget, ModelFacts, Plan, load, write_text
 from bitplan.demo import corpus
 from bitplan.errors import ImatrixError, UnknownNameError, UsageError, WriteError
 from bitplan.formats import Format
 from bitplan.gguf_file import Header
-from bitplan.imatrix import Imatrix
-from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.units import Grouping
+
+if TYPE_CHECKING:  # heavy: `bitplan plan` starts without llama.cpp
+    from bitplan.imatrix import Imatrix
+    from bitplan.runtimes.llamacpp import LlamaModel
 
 Model = Annotated[
     str,
@@ -141,6 +143,8 @@ def collected(
 
     One that an earlier run collected there from the same model and windows is taken as it is.
     """
+    from bitplan import imatrix
+
     if path is not None:
         matrix = imatrix.read(path)
         imatrix.check(matrix, model.header)
