@@ -27,7 +27,7 @@ from bitplan.divergence import Mean
 from bitplan.metrics import mean
 from bitplan.runtimes.llamacpp import LlamaModel, engine_version
 
-CHOICES = ("q3_k", "q2_k", "q3_k,iq3_xxs")
+CHOICES = ("q3_k", "q3_k+iq4_xs")
 BITS = (2.9, 3.2, 3.6, 4.5, 5.5)
 
 
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=24)
     parser.add_argument("--formats", default="default")
+    parser.add_argument("--probes", nargs="+", default=CHOICES, help="q3_k+iq4_xs: two a unit")
     parser.add_argument("--out", type=Path, default=Path("demo-out/probes"))
     args = parser.parse_args()
     with LlamaModel(args.model, swap=True) as model:
@@ -47,7 +48,7 @@ def main() -> None:
         full = measure.run(model, calibration, settings, args.out, imatrix=matrix)
         settings = measure.Settings(formats.parse(args.formats), "weight_error", full=True)
         errors = measure.run(model, calibration, settings, args.out / "errors", imatrix=matrix)
-        tables = {"full": full, **{c: inferred(model, full, errors, c) for c in CHOICES}}
+        tables = {"full": full, **{c: inferred(model, full, errors, c) for c in args.probes}}
         plans, evaluations = made(model, tables, calibration, matrix)
         show(
             model,
@@ -67,7 +68,7 @@ def cut(model: LlamaModel, part: corpus.Part, count: int) -> text.Windows:
 
 def inferred(model: LlamaModel, full: Sensitivity, errors: Sensitivity, choice: str) -> Sensitivity:
     """The table that measuring only these probes would have given."""
-    probes = set(choice.split(","))
+    probes = set(choice.split("+"))
     n = full.text.windows * 255
     kept = {
         (s.unit, s.format): Mean(n, n * s.damage, n * (s.stderr**2 * (n - 1) + s.damage**2))
@@ -95,14 +96,12 @@ def made(
         for bits in BITS:
             plain = plan.make(table, budget.of_bpw(bits, table.model.weights))
             plans[name, bits] = plain
-            if name in ("full", "q3_k"):
-                bench = lambda what, *_, c=counted: c.update([what])  # noqa: E731
-                plans[f"{name}, refined", bits] = refine.run(
-                    model, table, plain, calibration, matrix.importance(), progress=bench
-                )
-        if counted:
-            runs = sum(counted.values()) / len(BITS) / len(calibration.tokens)
-            evaluations[f"{name}, refined"] = measured + runs
+            bench = lambda what, *_, c=counted: c.update([what])  # noqa: E731
+            plans[f"{name}, refined", bits] = refine.run(
+                model, table, plain, calibration, matrix.importance(), progress=bench
+            )
+        runs = sum(counted.values()) / len(BITS) / len(calibration.tokens)
+        evaluations[f"{name}, refined"] = measured + runs
     return plans, evaluations
 
 
@@ -138,7 +137,7 @@ def show(
         print(f"| {name} | {count:.0f} | {rank:.4f} | " + " | ".join(columns) + " |")
     (out / "probes.json").write_text(json.dumps(record, indent=1, default=float) + "\n")
     for bits in BITS:
-        found = plans["q3_k, refined", bits].origin.settings["refined"]["format_factors"]
+        found = plans["full, refined", bits].origin.settings["refined"]["format_factors"]
         shown = ", ".join(f"{f} {v:.2f}" for f, v in found.items())
         print(f"\nformat factors at {bits} bpw: {shown}")
     noise = np.median([abs(s.damage) for s in tables["full"].scores if s.format == "q8_0"])
