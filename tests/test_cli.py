@@ -134,6 +134,17 @@ def test_memory_budget_asks_llama_cpp(tiny_gguf: Path, measured: Path) -> None:
     assert "KV cache" in bitplan("plan", table, "--fit", "1MB", *fit).stderr
 
 
+def test_importance_matrices_are_collected_and_converted(
+    tiny_gguf: Path, story: Path, tmp_path: Path
+) -> None:
+    legacy, modern = tmp_path / "i.dat", tmp_path / "i.gguf"
+    options = ("--text", story, "--ctx", 64, "--windows", 4, "--threads", 1)
+    done = bitplan("imatrix", "collect", tiny_gguf, *options, "--out", legacy, "--json")
+    assert json.loads(done.stdout)["chunks"] == 4, done.stderr
+    assert bitplan("imatrix", "merge", legacy, "--out", modern).returncode == 0
+    assert modern.read_bytes()[:4] == b"GGUF"
+
+
 # --- mistakes ----------------------------------------------------------------------------------
 
 

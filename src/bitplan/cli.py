@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bitplan import console
+from bitplan import cli_imatrix, console
 from bitplan import options as o
 from bitplan.errors import BitplanError
 from bitplan.version import __version__
@@ -25,22 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Spend your bits where they matter: measured mixed-precision quantization.",
 )
-imatrix_app = typer.Typer(
-    no_args_is_help=True, help="Importance matrices: collect, merge, convert."
-)
-app.add_typer(imatrix_app, name="imatrix")
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text.rstrip("\n") + "\n")
-
-
-def _show(summary: str, document: str | dict[str, Any], as_json: bool, quiet: bool) -> None:
-    """The summary for people, or one JSON document for programs."""
-    if as_json:
-        _print(document if isinstance(document, str) else json.dumps(document, indent=1))
-    elif not quiet:
-        _print(summary)
+app.add_typer(cli_imatrix.app, name="imatrix")
 
 
 @app.command()
@@ -102,7 +86,7 @@ def measure(
             fresh=fresh,
             progress=report,
         )
-    _show(summary.of_sensitivity(result), result.dumps(), as_json, quiet)
+    console.show(summary.of_sensitivity(result), result.dumps(), as_json, quiet)
 
 
 @app.command()
@@ -145,7 +129,7 @@ def plan(
         table, budget, pins=o.rules(keep, "--keep"), floors=o.rules(floor, "--floor")
     )
     result.save(out or sensitivity.with_name("plan.json"))
-    _show(summary.of_plan(result), result.dumps(), as_json, quiet)
+    console.show(summary.of_plan(result), result.dumps(), as_json, quiet)
 
 
 @app.command()
@@ -191,7 +175,7 @@ def quantize(
         "The same with llama.cpp's own tool:",
         result.command,
     ]
-    _show("\n".join(lines), result.dumps(), as_json, quiet)
+    console.show("\n".join(lines), result.dumps(), as_json, quiet)
 
 
 @app.command()
@@ -234,7 +218,7 @@ def evaluate(
         facts = identity.model_facts(opened.header)
         result = stage.run(opened, facts, contenders, held_out, speed=speed, progress=report)
     result.save(folder / "evaluation.json")
-    _show(summary.of_evaluation(result), result.dumps(), as_json, quiet)
+    console.show(summary.of_evaluation(result), result.dumps(), as_json, quiet)
 
 
 @app.command()
@@ -248,7 +232,9 @@ def report(
     from bitplan import report as stage
 
     files = stage.write_from(folder)
-    _show("\n".join(str(f) for f in files), {"files": [str(f) for f in files]}, as_json, quiet)
+    console.show(
+        "\n".join(str(f) for f in files), {"files": [str(f) for f in files]}, as_json, quiet
+    )
 
 
 @app.command()
@@ -308,7 +294,7 @@ def auto(
     )  # fmt: skip
     with console.progress(quiet or as_json) as bars:
         result = whole.run(request, bars)
-    _show(result.summary, result.evaluation.dumps(), as_json, quiet)
+    console.show(result.summary, result.evaluation.dumps(), as_json, quiet)
 
 
 @app.command()
@@ -331,7 +317,9 @@ def inspect(
     found = inspection.look(o.located(file))
     if against is not None:
         inspection.check(found, load(against, Plan))
-    _show(inspection.text(found, checked=against is not None), found.document(), as_json, quiet)
+    console.show(
+        inspection.text(found, checked=against is not None), found.document(), as_json, quiet
+    )
 
 
 @app.command()
@@ -350,65 +338,7 @@ def demo(
     request = whole.Request(model=builtin.MODEL, bpw=bpw, out=out, threads=threads)
     with console.progress(quiet or as_json) as bars:
         result = whole.run(request, bars)
-    _show(result.summary, result.evaluation.dumps(), as_json, quiet)
-
-
-@imatrix_app.command("collect")
-def imatrix_collect(
-    model: o.Model,
-    out: Annotated[Path, typer.Option(help="File; .dat writes the legacy format.")] = Path(
-        "imatrix.gguf"
-    ),
-    text: o.Texts = None,
-    ctx: o.Ctx = 512,
-    windows: o.Count = 128,
-    gpu_layers: o.GpuLayers = 0,
-    threads: o.Threads = 0,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
-) -> None:
-    """Collect an importance matrix that llama-quantize reads too.
-
-    `bitplan imatrix collect model-f16.gguf --text notes.txt --windows 0`
-    """
-    from bitplan import imatrix as matrices
-    from bitplan.runtimes.llamacpp import LlamaModel
-
-    path = o.located(model)
-    with (
-        LlamaModel(path, ctx=ctx, threads=threads, gpu_layers=gpu_layers) as opened,
-        console.progress(quiet or as_json) as bars,
-    ):
-        cut = o.cut(opened, text, "calibration", windows)
-        bars("imatrix", 0, cut.facts.windows)
-        captured = opened.capture(cut.tokens, ["second_moments"])
-        bars("imatrix", cut.facts.windows, cut.facts.windows)
-    matrix = matrices.from_captured(captured, cut.facts.source, cut.facts.windows, ctx)
-    _save_imatrix(matrix, out, as_json, quiet)
-
-
-@imatrix_app.command("merge")
-def imatrix_merge(
-    files: Annotated[list[Path], typer.Argument(help="GGUF or legacy files.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="File; .dat writes the legacy format.")],
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
-) -> None:
-    """Add up importance matrices of the same model; with one file, convert it."""
-    from bitplan import imatrix as matrices
-
-    matrix = matrices.merge([matrices.read(f) for f in files])
-    _save_imatrix(matrix, out, as_json, quiet)
-
-
-def _save_imatrix(matrix: Any, out: Path, as_json: bool, quiet: bool) -> None:
-    from bitplan import imatrix as matrices
-
-    (matrices.write_legacy if out.suffix == ".dat" else matrices.write)(matrix, out)
-    facts = {"file": str(out), "entries": len(matrix.entries), "chunks": matrix.chunks}
-    _show(f"{out}: {facts['entries']} tensors, {facts['chunks']} chunks.", facts, as_json, quiet)
+    console.show(result.summary, result.evaluation.dumps(), as_json, quiet)
 
 
 @app.callback(invoke_without_command=True)
@@ -416,7 +346,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        _print(f"bitplan {__version__}")
+        console.write(f"bitplan {__version__}")
         raise typer.Exit
 
 

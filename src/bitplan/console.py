@@ -6,9 +6,11 @@ llama.cpp and HiGHS print from C now and then; with `--json` that would spoil th
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -60,3 +62,16 @@ def own_stdout() -> Iterator[None]:
         os.dup2(real, 1)
         sys.stdout = before
         os.close(real)
+
+
+def write(text: str) -> None:
+    """Text for the user, on stdout."""
+    sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def show(summary: str, document: str | dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """The summary for people, or one JSON document for programs."""
+    if as_json:
+        write(document if isinstance(document, str) else json.dumps(document, indent=1))
+    elif not quiet:
+        write(summary)

@@ -7,7 +7,7 @@ takes n / block * block_bytes bytes, and n must divide by block.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitplan.errors import UnknownNameError
@@ -113,7 +113,3 @@ def nbytes(fmt: Format, shape: Sequence[int]) -> int:
     if shape[-1] % fmt.block:
         raise ValueError(f"rows of {shape[-1]} do not divide by {fmt.name}'s block {fmt.block}")
     return math.prod(shape) // fmt.block * fmt.block_bytes
-
-
-def smallest_first(formats: Iterable[Format]) -> list[Format]:
-    return sorted(formats, key=lambda f: f.bits)
