@@ -12,6 +12,7 @@ gives them and refined (`bitplan.refine`), which is what `bitplan auto` ships.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 from collections import Counter
@@ -136,10 +137,10 @@ def show(
         columns = [f"{r['kl']:.5f} ({r['gap']:+.5f} ± {r['stderr']:.5f})" for r in row]
         print(f"| {name} | {count:.0f} | {rank:.4f} | " + " | ".join(columns) + " |")
     (out / "probes.json").write_text(json.dumps(record, indent=1, default=float) + "\n")
-    for bits in BITS:
-        found = plans["full, refined", bits].origin.settings["refined"]["format_factors"]
+    for name, bits in itertools.product(tables, BITS):
+        found = plans[f"{name}, refined", bits].origin.settings["refined"]["format_factors"]
         shown = ", ".join(f"{f} {v:.2f}" for f, v in found.items())
-        print(f"\nformat factors at {bits} bpw: {shown}")
+        print(f"\nformat factors of {name} at {bits} bpw: {shown}")
     noise = np.median([abs(s.damage) for s in tables["full"].scores if s.format == "q8_0"])
     print(f"\nmedian measured KL of Q8_0 cells: {noise:.2e}")
 
