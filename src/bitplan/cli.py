@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitplan import cli_imatrix, console
+from bitplan import cli_imatrix, cli_study, console
 from bitplan import options as o
 from bitplan.errors import BitplanError
 from bitplan.version import __version__
@@ -25,6 +25,7 @@ app = typer.Typer(
     help="Spend your bits where they matter: measured mixed-precision quantization.",
 )
 app.add_typer(cli_imatrix.app, name="imatrix")
+app.add_typer(cli_study.app, name="study")
 
 
 @app.command()
@@ -40,7 +41,7 @@ def measure(
     full: o.Full = False,
     imatrix: o.Matrix = None,
     no_imatrix: o.NoMatrix = False,
-    imatrix_windows: Annotated[int, typer.Option(min=1, help="Windows for collecting it.")] = 32,
+    imatrix_windows: o.MatrixWindows = 32,
     gpu_layers: o.GpuLayers = 0,
     seed: o.Seed = 0,
     threads: o.Threads = 0,
@@ -246,14 +247,11 @@ def auto(
     fit_ctx: o.FitCtx = 4096,
     max_kl: o.MaxKl = None,
     text: o.Texts = None,
-    eval_text: Annotated[
-        list[str] | None,
-        typer.Option(help="Text for the figures. [default: as --text, beyond calibration]"),
-    ] = None,
+    eval_text: o.EvalTexts = None,
     ctx: o.Ctx = 512,
     windows: o.Count = 8,
-    eval_windows: Annotated[int, typer.Option(min=2, help="Windows for the figures.")] = 24,
-    imatrix_windows: Annotated[int, typer.Option(min=1, help="Windows for collecting it.")] = 32,
+    eval_windows: o.EvalWindows = 24,
+    imatrix_windows: o.MatrixWindows = 32,
     scorer: o.ScorerName = "kl",
     formats: o.Formats = "default",
     group: o.Group = "tensor",

@@ -32,6 +32,15 @@ Texts = Annotated[
     list[str] | None,
     typer.Option("--text", help="File, 'builtin' or 'wikitext2'; repeatable. [default: builtin]"),
 ]
+EvalTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--eval-text", help="Text for the figures. [default: as --text, beyond calibration]"
+    ),
+]
+EvalWindows = Annotated[int, typer.Option(min=2, help="Windows for the figures.")]
+MatrixWindows = Annotated[int, typer.Option(min=1, help="Windows for the importance matrix.")]
+Other = Annotated[str, typer.Argument(help="The model to compare with.", show_default=False)]
 Ctx = Annotated[int, typer.Option(min=16, help="Tokens per window.")]
 Count = Annotated[int, typer.Option("--windows", min=0, help="Windows to use; 0 takes all.")]
 Seed = Annotated[int, typer.Option(help="For everything random.")]

@@ -39,6 +39,12 @@ class Runtime(Protocol):
         """Within the block these tensors hold rounded values; the exact old ones after it."""
         ...
 
+    def hold(
+        self, assignment: Mapping[str, Format | None], importance: Mapping[str, Array] | None = None
+    ) -> None:
+        """As `rounded` (None: all zeros), but lasting; {} restores all. Costs what differs."""
+        ...
+
     def capture(self, windows: npt.NDArray[np.int32], what: Sequence[str]) -> Any:
         """Statistics of activations: `second_moments`, `similarity`."""
         ...

@@ -25,7 +25,7 @@ from bitplan.errors import RuntimeFailure
 from bitplan.formats import Format
 from bitplan.runtimes import capture as capturing
 from bitplan.runtimes import log
-from bitplan.runtimes.swap import Weights, original
+from bitplan.runtimes.swap import Assignment, Weights, original
 
 Tokens = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
@@ -224,7 +224,7 @@ class LlamaModel:
     @contextlib.contextmanager
     def rounded(
         self,
-        assignment: Mapping[str, Format],
+        assignment: Assignment,
         importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
     ) -> Iterator[None]:
         """Within the block these tensors (by name) hold rounded values; restored on leaving it.
@@ -233,6 +233,17 @@ class LlamaModel:
         """
         with self.weights.swapped(assignment, importance or {}):
             yield
+
+    def hold(
+        self,
+        assignment: Assignment,
+        importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    ) -> None:
+        """From now on exactly these tensors hold rounded values (None: zeros); {} restores all.
+
+        Unlike `rounded` it stays so, and going to a similar assignment costs only what differs.
+        """
+        self.weights.hold(assignment, importance or {})
 
     def original(
         self, tensor: str, most_rows: int | None = None

@@ -19,6 +19,8 @@ from bitplan.gguf_file import Header, Tensor
 from bitplan.runtimes import ggml
 
 Array = npt.NDArray[np.float32]
+Assignment = Mapping[str, Format | None]
+"""Tensor -> the format whose rounding it holds; None: all zeros."""
 
 
 class Weights:
@@ -29,6 +31,7 @@ class Weights:
         self._tensors = {t.name: t for t in header.tensors}
         self._addresses = addresses
         self._threads = threads
+        self._held: dict[str, tuple[Format | None, Array | None]] = {}
 
     def names(self) -> list[str]:
         return sorted(self._addresses)
@@ -51,22 +54,39 @@ class Weights:
             ggml.write(address, raw)
 
     @contextlib.contextmanager
-    def swapped(
-        self, assignment: Mapping[str, Format], importance: Mapping[str, Array]
-    ) -> Iterator[None]:
+    def swapped(self, assignment: Assignment, importance: Mapping[str, Array]) -> Iterator[None]:
         """These tensors hold rounded values within the block."""
-        touched: list[str] = []
         try:
-            for name, fmt in assignment.items():
-                if fmt != self._tensor(name).fmt:
-                    self._places(name)
-                    values = self.rounded(name, fmt, importance.get(name))
-                    touched.append(name)
-                    self.replace(name, values)
+            self.hold(assignment, importance)
             yield
         finally:
-            for name in touched:
-                self.restore(name)
+            self.hold({}, {})
+
+    def hold(self, assignment: Assignment, importance: Mapping[str, Array]) -> None:
+        """From now on exactly these tensors hold rounded values, all others the file's own.
+
+        What already is as wanted is left alone, so that going from one variant to a similar one
+        costs only what differs.
+        """
+        own = {n: f for n, f in assignment.items() if f is None or f != self._tensor(n).fmt}
+        for name in own:
+            self._places(name)
+        for name in [n for n in self._held if n not in own]:
+            self.restore(name)
+            del self._held[name]
+        for name, fmt in own.items():
+            held = self._held.get(name)
+            if held is not None and held[0] == fmt and held[1] is importance.get(name):
+                continue
+            values = self._values(name, fmt, importance.get(name))
+            self._held[name] = (fmt, importance.get(name))
+            self.replace(name, values)
+
+    def _values(self, name: str, fmt: Format | None, importance: Array | None) -> Array:
+        if fmt is None:
+            shape = self._tensor(name).shape
+            return np.zeros((math.prod(shape[:-1]), shape[-1]), np.float32)
+        return self.rounded(name, fmt, importance)
 
     def _places(self, name: str) -> list[int]:
         if name not in self._addresses:

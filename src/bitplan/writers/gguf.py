@@ -39,6 +39,7 @@ def write(
     matrix: Path | None = None,
     threads: int = 0,
     allow_requantize: bool = False,
+    removed: Sequence[int] = (),
     progress: Progress = lambda *_: None,
 ) -> str:
     """Write `header`'s model with these types (tensor -> format); returns the equivalent command.
@@ -85,6 +86,12 @@ def predicted(header: Header, types: Mapping[str, str], metadata: gguf_layout.Ke
             fmt = formats.get(types.get(tensor.name, tensor.fmt.name))
             total += padded(formats.nbytes(fmt, tensor.shape))
     return total
+
+
+def tensor_bytes(header: Header, types: Mapping[str, str]) -> int:
+    """Bytes of all tensors' data without padding: llama-quantize's "quant size"."""
+    chosen = ((types.get(t.name, t.fmt.name), t) for t in header.tensors)
+    return sum(formats.nbytes(formats.get(name), t.shape) for name, t in chosen)
 
 
 def check_source(header: Header, types: Mapping[str, str], allow_requantize: bool) -> None:

@@ -1,0 +1,195 @@
+"""Measures variants and keeps every one on disk before the next: token-level figures, by content.
+
+Reads a loaded model, writes OUT/measured/HASH.npz. A file's name is the hash of all that decides
+its figures (weights, windows, formats, importance matrix, engine, threads), so runs that were
+killed go on, studies share what they have in common, and nothing stale is ever used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from bitplan import divergence, formats
+from bitplan.errors import ArtifactError, UsageError
+from bitplan.evaluate import MOST_LOGITS
+from bitplan.formats import Format
+from bitplan.metrics import Tokens
+from bitplan.runtimes.llamacpp import LlamaModel, engine_version
+
+Progress = Callable[[str, int, int], None]
+Assignment = Mapping[str, Format | None]
+Chunk = npt.NDArray[np.int32]
+
+_FIGURES = ("nll", "kl", "same_top")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One distinct thing to measure: types held in the loaded model, or a file of its own."""
+
+    name: str
+    types: Mapping[str, str]
+    zeroed: tuple[str, ...] = ()
+    """Tensors that are all zero: of layers that are left out."""
+    file: Path | None = None
+
+    @property
+    def assignment(self) -> Assignment:
+        held: dict[str, Format | None] = {t: formats.get(f) for t, f in self.types.items()}
+        return held | dict.fromkeys(self.zeroed)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where measurements lie, and what they all depend on."""
+
+    folder: Path
+    model: str
+    """Content hash of the reference."""
+    imatrix: str
+    threads: int
+
+    def path(self, work: Work, chunk: Chunk) -> Path:
+        key = {
+            "model": self.model, "imatrix": self.imatrix, "threads": self.threads,
+            "engine": engine_version(), "tokens": hashlib.sha256(chunk.tobytes()).hexdigest(),
+            "shape": chunk.shape, "types": dict(sorted(work.types.items())),
+            "zeroed": sorted(work.zeroed), "how": "file" if work.file else "swap",
+        }  # fmt: skip
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        return self.folder / f"{digest[:40]}.npz"
+
+
+def run(
+    model: LlamaModel,
+    works: Sequence[Work],
+    windows: Chunk,
+    importance: Mapping[str, npt.NDArray[np.float32]],
+    place: Place,
+    progress: Progress = lambda *_: None,
+) -> dict[str, Tokens]:
+    """Token-level figures of each work, by name. The reference is the work without any types.
+
+    Raises ArtifactError when a measurement cannot be kept, UsageError for a file of another model.
+    """
+    done, total = 0, len(works) * len(windows)
+    parts: dict[str, list[Tokens]] = {w.name: [] for w in works}
+    try:
+        for chunk in chunks(model, windows):
+            open_works = [w for w in works if not place.path(w, chunk).exists()]
+            done += (len(works) - len(open_works)) * len(chunk)
+            progress("resumed" if done else "variants", done, total)
+            model.hold({}, importance)
+            refs = _references(model, chunk) if open_works else []
+            for work in ordered(open_works):
+                with _running(model, work, importance) as running:
+                    found = _tokens(running, refs, chunk)
+                _save(found, place.path(work, chunk))
+                done += len(chunk)
+                progress(work.name, done, total)
+            for work in works:
+                parts[work.name].append(load(place.path(work, chunk)))
+    finally:
+        model.hold({}, importance)
+    return {name: _joined(found) for name, found in parts.items()}
+
+
+def chunks(model: LlamaModel, windows: Chunk) -> Iterator[Chunk]:
+    """Groups of windows whose reference logits fit into memory together."""
+    room = MOST_LOGITS // (4 * model.n_vocab * (model.ctx - model.ctx // 2))
+    step = max(model.parallel, room // model.parallel * model.parallel)
+    return (windows[i : i + step] for i in range(0, len(windows), step))
+
+
+def ordered(works: Sequence[Work]) -> list[Work]:
+    """Each followed by the one most like it, so that few weights change hands between them."""
+    names = sorted({t for w in works for t in (*w.types, *w.zeroed)})
+    index = {name: i for i, name in enumerate(names)}
+    table = np.zeros((len(works), len(names)), np.int16)
+    for row, work in zip(table, works, strict=True):
+        for tensor, fmt in work.assignment.items():
+            row[index[tensor]] = -1 if fmt is None else fmt.type_id + 1
+    left, here, found = set(range(len(works))), np.zeros(len(names), np.int16), []
+    while left:
+        nearest = min(left, key=lambda i: (int((table[i] != here).sum()), i))
+        left.remove(nearest)
+        here = table[nearest]
+        found.append(works[nearest])
+    return found
+
+
+def _references(model: LlamaModel, chunk: Chunk) -> list[divergence.Reference]:
+    return [divergence.reference(logits) for logits in model.logits(chunk)]
+
+
+@contextlib.contextmanager
+def _running(
+    model: LlamaModel, work: Work, importance: Mapping[str, npt.NDArray[np.float32]]
+) -> Iterator[LlamaModel]:
+    if work.file is None:
+        model.hold(work.assignment, importance)
+        yield model
+        return
+    with LlamaModel(work.file, ctx=model.ctx, threads=model.threads) as opened:
+        if opened.n_vocab != model.n_vocab:
+            raise UsageError(f"{work.file}: has another vocabulary than the reference.")
+        yield opened
+
+
+def _tokens(model: LlamaModel, refs: Sequence[divergence.Reference], chunk: Chunk) -> Tokens:
+    """Figures of the model as it stands, in float32 as they are stored."""
+    targets = chunk[:, model.ctx // 2 + 1 :]
+    rows = [
+        (
+            divergence.negative_log_likelihood(logits, target),
+            divergence.kl(ref, logits),
+            divergence.same_top(ref, logits).astype(np.float64),
+        )
+        for ref, target, logits in zip(refs, targets, model.logits(chunk), strict=True)
+    ]
+    return Tokens(*(np.concatenate([r[i] for r in rows]) for i in range(3)))
+
+
+def _joined(parts: Sequence[Tokens]) -> Tokens:
+    return Tokens(*(np.concatenate([getattr(p, f) for p in parts]) for f in _FIGURES))
+
+
+def load(path: Path) -> Tokens:
+    """What an earlier or this run measured."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return Tokens(*(data[f].astype(np.float64) for f in _FIGURES))
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(
+            f"{path}: is damaged ({error}); delete it, and it is measured again."
+        ) from None
+
+
+def _save(tokens: Tokens, path: Path) -> None:
+    """Under a temporary name, then renamed: on disk, and whole, when this returns."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{f: getattr(tokens, f).astype(np.float32) for f in _FIGURES})
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"{path}: cannot be written ({error.strerror}); what was measured so far is kept, free"
+            " some space and run the same command again."
+        ) from None

@@ -1,0 +1,200 @@
+"""Studies: named comparisons of many variants of one model. One file each; the file's name, with
+dashes, is its name on the command line.
+
+A study module has
+
+    MODELS: int                 how many models it compares, usually 1
+    class Options(Record)       its options; each field's description becomes the option's help
+    def variants(subject: Subject, options: Options) -> list[Variant]
+    def story(cases: Cases, options: Options) -> Story
+
+`variants` says what is to be measured of one model; `study.run` measures it (each variant once,
+resumable) and `story` turns the measurements into findings, tables and charts. The module's
+docstring is its help text; its first line, up to the colon, its title.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from bitplan.artifacts import ModelFacts, Record, TextFacts
+from bitplan.errors import UnknownNameError
+from bitplan.gguf_file import Header
+from bitplan.metrics import Tokens, mean
+from bitplan.results import Finding, Story
+from bitplan.units import Unit
+
+
+class Subject(Protocol):
+    """The model that a study is about; `bitplan.subject` has the real one.
+
+    The first three come from the file's header alone; the last two run the model and keep what
+    they found under OUT, so that a study which is started again does not repeat them.
+    """
+
+    @property
+    def header(self) -> Header: ...
+
+    @property
+    def units(self) -> list[Unit]:
+        """Every tensor that can change format, embedding first, output last."""
+        ...
+
+    @property
+    def layers(self) -> list[int]: ...
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    def base(self, name: str) -> dict[str, str]:
+        """Tensor -> format for the whole model: what llama-quantize NAME gives (`q4_0`, `q4_k_m`;
+        the embedding or output may differ), or, where that is no preset, the format everywhere."""
+        ...
+
+    def everywhere(self, name: str) -> dict[str, str]:
+        """Every quantizable tensor in one format, fallbacks applied."""
+        ...
+
+    def importances(self, scorer: str, low: str, seed: int = 0) -> dict[int, float]:
+        """Layer -> how much it is worth protecting: the scorer's own importance, or its damage
+        in the format `low`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One assignment of formats to measure."""
+
+    name: str
+    """Unique within the study."""
+    types: Mapping[str, str]
+    """Tensor -> format stored; tensors that are missing keep their own. Empty: the reference."""
+    title: str = ""
+    """For people; the name unless given."""
+    series: str = ""
+    """The curve that it is a point of."""
+    step: int = 0
+    """Which point of the curve."""
+    removed: tuple[int, ...] = ()
+    """Layers that are left out."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant with what was measured of it."""
+
+    variant: Variant
+    bytes: int
+    tensor_bytes: int
+    bpw: float
+    tokens: Tokens
+    file_tokens: Tokens | None = None
+    """Of the really quantized file, with --files; the first choice for all figures then."""
+
+    @property
+    def own(self) -> Tokens:
+        return self.file_tokens or self.tokens
+
+    @property
+    def title(self) -> str:
+        return self.variant.title or self.variant.name
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(float(self.own.nll.mean()))
+
+    @property
+    def perplexity_error(self) -> float:
+        return self.perplexity * mean(self.own.nll)[1]
+
+    @property
+    def kl(self) -> tuple[float, float]:
+        """Mean KL from the reference and its standard error, nats per token."""
+        return mean(self.own.kl)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model with all its cases."""
+
+    subject: Subject
+    text: TextFacts
+    reference: Case
+    cases: Mapping[str, Case]
+    """By the variant's name; the reference is not among them."""
+
+    def series(self, name: str) -> list[Case]:
+        """The points of one curve in their order."""
+        found = [c for c in self.cases.values() if c.variant.series == name]
+        return sorted(found, key=lambda c: c.variant.step)
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Everything that a study measured."""
+
+    models: Sequence[Measured] = field(default_factory=list)
+
+    @property
+    def only(self) -> Measured:
+        return self.models[0]
+
+
+class Study(Protocol):
+    MODELS: int
+    Options: type[Any]
+
+    def variants(self, subject: Subject, options: Any) -> list[Variant]: ...
+
+    def story(self, cases: Cases, options: Any) -> Story: ...
+
+
+def names() -> list[str]:
+    """The studies' names as on the command line."""
+    found = (m.name for m in pkgutil.iter_modules(__path__))
+    return sorted(n.replace("_", "-") for n in found if n not in _SHARED)
+
+
+_SHARED: tuple[str, ...] = ()
+"""Files here that are no studies: what several of them share."""
+
+
+def get(name: str) -> Study:
+    """The study's module. Raises UnknownNameError."""
+    if name not in names():
+        raise UnknownNameError("study", name, names())
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+
+
+def difference(one: Case, other: Case, metric: str = "nll") -> tuple[float, float]:
+    """Mean of (one - other) over the same tokens, and its standard error. metric: `nll`, `kl`."""
+    return mean(getattr(one.own, metric) - getattr(other.own, metric))
+
+
+def compared(title: str, one: Case, other: Case, metric: str = "kl") -> Finding:
+    """Which of two variants loses less, with the paired error; or that nothing was measured."""
+    gap, error = difference(one, other, metric)
+    shown = abs(gap) > 2 * error
+    better, worse = (one, other) if gap < 0 else (other, one)
+    what = "KL" if metric == "kl" else "negative log-likelihood"
+    text = (
+        f"{better.title} loses less than {worse.title}: {what} lower by {abs(gap):.2g} ±"
+        f" {error:.1g} nats per token."
+        if shown
+        else f"No difference measured between {one.title} and {other.title}: {what} differs by"
+        f" {gap:+.2g} ± {error:.1g} nats per token."
+    )
+    return Finding(
+        title=title, text=text, difference=gap, stderr=error, unit="nats/token", shown=shown
+    )
+
+
+__all__ = [
+    "Case", "Cases", "Finding", "Header", "Measured", "ModelFacts", "Record", "Story", "Study",
+    "Subject", "Variant", "compared", "difference", "get", "names",
+]  # fmt: skip

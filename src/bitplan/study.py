@@ -1,0 +1,252 @@
+"""A study: many variants of one model (or two), measured on the same windows -> results.json.
+
+Reads the models, writes OUT/results.json and the report beside it. Every variant is on disk before
+the next one starts (`measured`), so a study that was stopped goes on there. By default variants are
+rounded in the loaded model; with `files` each is also written, loaded and measured as a real file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitplan import measured, metrics, removal, studies
+from bitplan import report_study as report
+from bitplan.artifacts import Measurement, Origin, schema_of
+from bitplan.errors import UsageError
+from bitplan.measured import Work
+from bitplan.metrics import Tokens
+from bitplan.reporting.wording import ranges
+from bitplan.results import Mix, Results, VariantFacts
+from bitplan.runtimes.llamacpp import engine_version
+from bitplan.studies import Case, Cases, Measured, Variant
+from bitplan.subject import Subject
+from bitplan.units import layer_and_role
+from bitplan.writers import gguf
+
+Progress = Callable[[str, int, int], None]
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A variant before anything is measured: what `--dry-run` shows."""
+
+    variant: Variant
+    bytes: int
+    tensor_bytes: int
+    bpw: float
+
+
+def listed(name: str, subject: Subject, options: Any) -> list[Listed]:
+    """The variants of a study with their exact bytes. Raises UsageError for a name used twice."""
+    found = studies.get(name).variants(subject, options)
+    seen: set[str] = {REFERENCE}
+    for variant in found:
+        if variant.name in seen:
+            raise UsageError(f"study {name}: two variants are called {variant.name!r}.")
+        seen.add(variant.name)
+    return [_sized(subject, v) for v in found]
+
+
+def _sized(subject: Subject, variant: Variant) -> Listed:
+    header = removal.without(subject.header, variant.removed)
+    types = removal.renamed(dict(variant.types), subject.header, variant.removed)
+    size = gguf.predicted(header, types, subject.keys) if types else header.size
+    data = gguf.tensor_bytes(header, types)
+    return Listed(variant, size, data, 8 * size / subject.header.weights)
+
+
+def run(
+    name: str,
+    subjects: Sequence[Subject],
+    options: Any,
+    out: Path,
+    *,
+    files: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Results:
+    """Measure all variants of a study and write OUT/results.json and its report.
+
+    Raises what the study, the models and the texts raise, before anything is measured.
+    """
+    module = studies.get(name)
+    plans = [listed(name, s, options) for s in subjects]
+    cases = Cases(
+        [_measured(s, rows, files, progress) for s, rows in zip(subjects, plans, strict=True)]
+    )
+    result = Results(
+        schema=schema_of(Results),
+        origin=_origin(subjects, files),
+        study=name,
+        title=title(module),
+        options=options.model_dump(),
+        models=[s.facts for s in subjects],
+        texts=[s.held_out.facts for s in subjects],
+        variants=[f for i, m in enumerate(cases.models) for f in _facts(m, i)],
+        story=module.story(cases, options),
+    )
+    result.save(out / "results.json")
+    report.write(result, out)
+    return result
+
+
+def title(module: Any) -> str:
+    """What the study's docstring says after its name."""
+    return str(module.__doc__).strip().split("\n")[0].partition(": ")[2].rstrip(".")
+
+
+def _origin(subjects: Sequence[Subject], files: bool) -> Origin:
+    first = subjects[0]
+    return Origin(
+        engine=engine_version(),
+        parents={
+            f"{what}{i or ''}": digest
+            for i, s in enumerate(subjects)
+            for what, digest in (
+                ("model", s.facts.sha256),
+                ("text", s.held_out.facts.sha256),
+                ("imatrix", s.imatrix.hash() if s.imatrix else ""),
+            )
+        },
+        seed=first.setting.seed,
+        settings={"threads": first.model.threads, "files": files},
+    )
+
+
+def _measured(
+    subject: Subject, rows: Sequence[Listed], files: bool, progress: Progress
+) -> Measured:
+    """Every variant of one model; those with the same content are measured once."""
+    works = {_digest(r.variant): _work(subject, r.variant) for r in rows}
+    reference = Work(REFERENCE, {})
+    imatrix = subject.imatrix.hash() if subject.imatrix else ""
+    place = measured.Place(
+        subject.out / "measured", subject.facts.sha256, imatrix, subject.model.threads
+    )
+    windows = subject.held_out.tokens
+    found = measured.run(
+        subject.model, [reference, *works.values()], windows, subject.importance, place, progress
+    )
+    real: dict[str, Tokens] = {}
+    if files:
+        real = _by_file(subject, rows, place, progress)
+    own = _sized(subject, Variant(REFERENCE, {}, "Reference"))
+    return Measured(
+        subject,
+        subject.held_out.facts,
+        _case(own, found[REFERENCE], None),
+        {
+            r.variant.name: _case(
+                r, found[works[_digest(r.variant)].name], real.get(r.variant.name)
+            )
+            for r in rows
+        },
+    )
+
+
+def _work(subject: Subject, variant: Variant) -> Work:
+    gone = removal.zeroed(subject.header, variant.removed) if variant.removed else ()
+    types = {t: f for t, f in variant.types.items() if removal.layer_of(t) not in variant.removed}
+    return Work(variant.name, types, gone)
+
+
+def _digest(variant: Variant) -> str:
+    """What a variant is, whatever it is called."""
+    content = [sorted(variant.types.items()), sorted(variant.removed)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _case(row: Listed, tokens: Tokens, real: Tokens | None) -> Case:
+    return Case(row.variant, row.bytes, row.tensor_bytes, row.bpw, tokens, real)
+
+
+def _by_file(
+    subject: Subject, rows: Sequence[Listed], place: measured.Place, progress: Progress
+) -> dict[str, Tokens]:
+    """The same from really quantized files, one at a time, each deleted once it is measured."""
+    found: dict[str, Tokens] = {}
+    by_content: dict[str, Tokens] = {}
+    for row in rows:
+        digest = _digest(row.variant)
+        if digest not in by_content:
+            by_content[digest] = _of_file(subject, row, digest, place, progress)
+        found[row.variant.name] = by_content[digest]
+    return found
+
+
+def _of_file(
+    subject: Subject, row: Listed, digest: str, place: measured.Place, progress: Progress
+) -> Tokens:
+    file = subject.out / "files" / f"{row.variant.name.replace('/', '-')}.gguf"
+    work = Work(row.variant.name, row.variant.types, tuple(map(str, row.variant.removed)), file)
+    windows = subject.held_out.tokens
+    parts = measured.chunks(subject.model, windows)
+    if not all(place.path(work, chunk).exists() for chunk in parts):
+        gguf.write(
+            subject.header,
+            row.variant.types,
+            file,
+            plan_hash=digest,
+            matrix=subject.matrix,
+            threads=subject.model.threads,
+            allow_requantize=True,
+            removed=row.variant.removed,
+            progress=progress,
+        )
+    try:
+        return measured.run(subject.model, [work], windows, {}, place, progress)[work.name]
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _facts(model: Measured, index: int) -> list[VariantFacts]:
+    return [_fact(model, c, index) for c in (model.reference, *model.cases.values())]
+
+
+def _fact(model: Measured, case: Case, index: int) -> VariantFacts:
+    v = case.variant
+    how = "reference" if case is model.reference else "swap"
+    return VariantFacts(
+        name=v.name,
+        title=case.title,
+        series=v.series,
+        step=v.step,
+        model=index,
+        bytes=case.bytes,
+        tensor_bytes=case.tensor_bytes,
+        bpw=case.bpw,
+        how=how,  # type: ignore[arg-type]
+        removed=list(v.removed),
+        mix=mixes(v),
+        measurements=_measurements(model, case, case.tokens),
+        by_file=_measurements(model, case, case.file_tokens) if case.file_tokens else [],
+    )
+
+
+def _measurements(model: Measured, case: Case, tokens: Tokens) -> list[Measurement]:
+    base = model.reference.tokens
+    own = base if case is model.reference else tokens
+    return metrics.all_of(metrics.Case(own, base, case.bytes, case.bpw, None, 1, False))
+
+
+def mixes(variant: Variant) -> list[Mix]:
+    """Formats by role, for groups of layers that are stored alike."""
+    layers: dict[int | None, dict[str, str]] = {}
+    for tensor, fmt in variant.types.items():
+        layer, role = layer_and_role(tensor)
+        if layer not in variant.removed:
+            layers.setdefault(layer, {})[role] = fmt
+    groups: dict[str, tuple[list[int], dict[str, str]]] = {}
+    for layer, own in layers.items():
+        if layer is not None:
+            key = json.dumps(sorted(own.items()))
+            groups.setdefault(key, ([], own))[0].append(layer)
+    found = [Mix(layers=ranges(members), formats=own) for members, own in groups.values()]
+    outside = [Mix(layers="-", formats=layers[None])] if None in layers else []
+    return outside + found

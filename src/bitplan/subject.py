@@ -1,0 +1,184 @@
+"""The model that a study is about, and the questions that studies ask of it before measuring.
+
+Opens the model only when something has to be run, so that `--dry-run` answers from the header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from bitplan import (
+    formats,
+    gguf_file,
+    gguf_layout,
+    identity,
+    imatrix,
+    measure,
+    options,
+    presets,
+    units,
+)
+from bitplan.artifacts import ModelFacts, Sensitivity
+from bitplan.errors import UnknownNameError
+from bitplan.gguf_file import Header
+from bitplan.imatrix import Imatrix
+from bitplan.measure import Progress
+from bitplan.runtimes.llamacpp import LlamaModel
+from bitplan.text import Windows
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all models of a study are measured with; names and defaults of `bitplan study`."""
+
+    text: list[str] | None = None
+    eval_text: list[str] | None = None
+    ctx: int = 512
+    windows: int = 8
+    eval_windows: int = 24
+    imatrix: Path | None = None
+    no_imatrix: bool = False
+    imatrix_windows: int = 32
+    gpu_layers: int = 0
+    seed: int = 0
+    threads: int = 0
+
+
+@dataclass
+class Subject:
+    """Use as a context manager: what it opens is closed at the end of the block."""
+
+    path: Path
+    out: Path
+    setting: Setting = field(default_factory=Setting)
+    progress: Progress = lambda *_: None
+    _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def __enter__(self) -> Subject:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    # --- from the header alone -------------------------------------------------------------
+
+    @cached_property
+    def header(self) -> Header:
+        return gguf_file.read(self.path)
+
+    @cached_property
+    def units(self) -> list[units.Unit]:
+        """Every tensor that can change format, embedding first, output last."""
+        return units.find(self.header)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        return sorted({u.layer for u in self.units if u.layer is not None})
+
+    @cached_property
+    def keys(self) -> gguf_layout.Keys:
+        """The metadata that a written variant gains, for counting bytes."""
+        if self.setting.imatrix is not None:
+            return measure.added_keys(imatrix.read(self.setting.imatrix))
+        label = options.label(self.setting.text, "calibration")
+        return gguf_layout.added_keys(None if self.setting.no_imatrix else label, 0, 0)
+
+    def base(self, name: str) -> dict[str, str]:
+        """Tensor -> format for the whole model: what llama-quantize NAME gives (`q4_0`, `q4_k_m`:
+        the embedding or output may differ), or, where that is no preset, the format everywhere.
+
+        Raises UnknownNameError.
+        """
+        if name.upper() in presets.FTYPES:
+            needs = name.upper() in presets.NEED_IMATRIX
+            matrix = self.matrix if needs else None
+            return presets.resolve(self.header, name, self.keys, matrix).types
+        if name.lower() not in formats.FORMATS:
+            known = {*formats.FORMATS, *(n.lower() for n in presets.FTYPES)}
+            raise UnknownNameError("format or preset", name, known)
+        return self.everywhere(name)
+
+    def everywhere(self, name: str) -> dict[str, str]:
+        """Every quantizable tensor in one format, fallbacks applied."""
+        fmt = formats.get(name)
+        return {t: f.name for u in self.units for t, f in u.types(fmt).items()}
+
+    # --- what needs the model --------------------------------------------------------------
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        return identity.model_facts(self.header)
+
+    @cached_property
+    def model(self) -> LlamaModel:
+        s = self.setting
+        opened = LlamaModel(
+            self.path, ctx=s.ctx, threads=s.threads, swap=True, gpu_layers=s.gpu_layers
+        )
+        return self._open.enter_context(opened)
+
+    @cached_property
+    def calibration(self) -> Windows:
+        return options.cut(self.model, self.setting.text, "calibration", self.setting.windows)
+
+    @cached_property
+    def held_out(self) -> Windows:
+        """What figures are measured on: never what calibration saw."""
+        s = self.setting
+        both = set(s.text or []) & set(s.eval_text or []) - {"builtin", "wikitext2"}
+        skip = max(s.windows, s.imatrix_windows) if both else 0
+        return options.cut(self.model, s.eval_text, "evaluation", s.eval_windows, skip=skip)
+
+    @cached_property
+    def imatrix(self) -> Imatrix | None:
+        """Read or collected; lies in OUT as imatrix.gguf then."""
+        s = self.setting
+        if s.no_imatrix:
+            return None
+        windows = options.cut(self.model, s.text, "calibration", s.imatrix_windows)
+        return options.collected(self.model, self.facts, s.imatrix, windows, self.out)
+
+    @property
+    def matrix(self) -> Path | None:
+        return self.out / "imatrix.gguf" if self.imatrix else None
+
+    @cached_property
+    def importance(self) -> Mapping[str, npt.NDArray[np.float32]]:
+        return self.imatrix.importance() if self.imatrix else {}
+
+    def sensitivity(self, scorer: str, low: str, seed: int = 0) -> Sensitivity:
+        """What each layer loses in one format, by any scorer; measured on the calibration text,
+        kept in OUT/scores and resumed there."""
+        settings = measure.Settings(
+            [formats.get(low)], scorer, "layer", [formats.get(low)], seed=seed
+        )
+        folder = self.out / "scores" / f"{scorer.replace(':', '-')}-{low}-{seed}"
+        return measure.run(
+            self.model,
+            self.calibration,
+            settings,
+            folder,
+            facts=self.facts,
+            imatrix=self.imatrix,
+            progress=self.progress,
+        )
+
+    def importances(self, scorer: str, low: str, seed: int = 0) -> dict[int, float]:
+        """Layer -> how much it is worth protecting: the scorer's own importance, or its damage."""
+        table = self.sensitivity(scorer, low, seed)
+        if table.layer_scores:
+            return dict(table.layer_scores)
+        layer_of = {u.name: u.layer for u in table.units}
+        found: dict[int, float] = {}
+        for cell in table.cells:
+            layer = layer_of[cell.unit]
+            if layer is not None:
+                found[layer] = cell.damage
+        return found
