@@ -1,0 +1,288 @@
+"""What studies of layers in an order share: the order, bits, retention, comparing whole curves.
+
+Importances, headers and measured tokens in, numbers and findings out; no model, no files. A curve
+is a list of cases, each with more layers in a low format (or left out) than the one before it.
+
+Order, average bits and the 90 % criterion: Variable Layerwise Quantization, sections 3.1 and 5.
+The paper's accuracy is replaced by what every text gives: retained = PPL(start) / PPL(variant).
+Bits are counted from the bytes really stored, block scales included, not from the formats' names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bitplan import formats
+from bitplan.metrics import mean
+from bitplan.results import Finding
+from bitplan.studies import Case, Subject, difference
+
+Floats = npt.NDArray[np.float64]
+
+KEPT = 0.9
+"""The paper's criterion: nine tenths of what the model with all layers in the high format has."""
+
+
+# --- orders -----------------------------------------------------------------------------------
+
+
+def ranking(importances: Mapping[int, float]) -> list[int]:
+    """Layers, least important first; among equals the last layer goes first, as in `position`."""
+    return sorted(importances, key=lambda layer: (importances[layer], -layer))
+
+
+def tied(importances: Mapping[int, float]) -> list[list[int]]:
+    """Groups of layers with equal importance: among them the order is ours, not the scorer's."""
+    groups: dict[float, list[int]] = {}
+    for layer, value in sorted(importances.items()):
+        groups.setdefault(value, []).append(layer)
+    return [members for members in groups.values() if len(members) > 1]
+
+
+def every(layers: int, step: int = 0) -> list[int]:
+    """How many layers are moved at each point: 0, step, 2 step .. and all.
+
+    step 0: one by one up to 48 layers, at most 25 points beyond that.
+    """
+    step = step or (1 if layers <= 48 else math.ceil(layers / 24))
+    return [*range(0, layers, step), layers]
+
+
+# --- types and their bits ---------------------------------------------------------------------
+
+
+def stored(subject: Subject, by_layer: Mapping[int, str], outside: str) -> dict[str, str]:
+    """Tensor -> format with a format for each layer and one for what lies outside them.
+
+    Fallbacks are applied. Layers that are missing in `by_layer` keep their own types.
+    """
+    table = {name: subject.everywhere(name) for name in {*by_layer.values(), outside}}
+    types: dict[str, str] = {}
+    for unit in subject.units:
+        name = outside if unit.layer is None else by_layer.get(unit.layer)
+        if name is not None:
+            types |= {t.name: table[name][t.name] for t in unit.tensors}
+    return types
+
+
+def average_bits(
+    subject: Subject, types: Mapping[str, str], removed: Collection[int] = ()
+) -> float:
+    """Bits per weight over the matrices inside the layers, exact; removed layers count as none.
+
+    The paper's axis. Embedding, output and norms are outside it; `Case.bpw` is the whole file's.
+    """
+    stored_bytes = weights = 0
+    for unit in subject.units:
+        if unit.layer is None:
+            continue
+        weights += unit.weights
+        if unit.layer not in removed:
+            stored_bytes += sum(
+                formats.nbytes(formats.get(types.get(t.name, t.fmt.name)), t.shape)
+                for t in unit.tensors
+            )
+    return 8 * stored_bytes / weights
+
+
+def case_bits(subject: Subject, case: Case) -> float:
+    return average_bits(subject, case.variant.types, case.variant.removed)
+
+
+def fallbacks(subject: Subject, names: Collection[str]) -> list[str]:
+    """A sentence for each format that some tensors cannot take."""
+    found = []
+    for name in dict.fromkeys(names):
+        types = subject.everywhere(name)
+        others: dict[str, int] = {}
+        for fmt in types.values():
+            if fmt != name.lower():
+                others[fmt] = others.get(fmt, 0) + 1
+        if others:
+            told = ", ".join(f"{count} as {fmt}" for fmt, count in sorted(others.items()))
+            found.append(
+                f"{name} does not fit {sum(others.values())} of {len(types)} tensors (their rows"
+                f" do not divide by its block): stored {told}."
+            )
+    return found
+
+
+# --- retention --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where a curve first falls below a limit, going from many bits to few."""
+
+    bits: float | None
+    """None: it never does."""
+    fewest: float | None
+    """With every point one standard error better; None: it would never cross."""
+    most: float | None
+    """With every point one standard error worse."""
+    returns: bool = False
+    """Whether a later point is above the limit again."""
+
+    def __str__(self) -> str:
+        if self.bits is None:
+            return "never" if self.most is None else f"never (or {self.most:.2f})"
+        least = "never" if self.fewest is None else f"{self.fewest:.2f}"
+        return f"{self.bits:.2f} ({least} to {self.most or self.bits:.2f})"
+
+
+def crossing(
+    bits: Sequence[float], lost: Sequence[float], errors: Sequence[float], limit: float
+) -> Crossing:
+    """Where `lost` first exceeds `limit`, linear between the points, from the first point on.
+
+    bits: falling. lost: log of the perplexity's ratio to the start (linear in nats), errors: of it,
+    paired. limit: `-log(KEPT)` for 90 %.
+    """
+    values, spread = np.asarray(lost, float), np.asarray(errors, float)
+    here = _first(bits, values, limit)
+    above = np.flatnonzero(values > limit)
+    returns = bool(len(above)) and bool((values[above[0] :] <= limit).any())
+    fewest, most = (_first(bits, values + sign * spread, limit) for sign in (-1, 1))
+    return Crossing(here, fewest, most, returns)
+
+
+def _first(bits: Sequence[float], values: Floats, limit: float) -> float | None:
+    above = np.flatnonzero(values > limit)
+    if not len(above):
+        return None
+    after = int(above[0])
+    if after == 0:
+        return float(bits[0])
+    before = after - 1
+    share = (limit - values[before]) / (values[after] - values[before])
+    return float(bits[before] + share * (bits[after] - bits[before]))
+
+
+def retention(subject: Subject, curve: Sequence[Case], kept: float = KEPT) -> Crossing:
+    """The bits down to which a curve keeps this share of its first point's inverse perplexity."""
+    gaps = [difference(case, curve[0]) for case in curve]
+    bits = [case_bits(subject, case) for case in curve]
+    return crossing(bits, [g for g, _ in gaps], [e for _, e in gaps], -math.log(kept))
+
+
+# --- whole curves -----------------------------------------------------------------------------
+
+
+def averaged(bits: Sequence[float], curve: Sequence[Case], metric: str = "kl") -> Floats:
+    """Token by token, the mean of a metric over the curve: its area over bits by their range.
+
+    By trapezoids, so that curves with unequal layers or steps are compared over the same bits. A
+    sum of token figures is a token figure, so differences of two curves can be paired.
+    """
+    if len(curve) == 1 or bits[0] == bits[-1]:
+        return np.mean([getattr(c.own, metric) for c in curve], axis=0)  # type: ignore[no-any-return]
+    widths = np.abs(np.diff(np.asarray(bits, float)))
+    shares = (np.append(widths, 0) + np.append(0, widths)) / 2 / widths.sum()
+    total = np.zeros(len(curve[0].own.kl))
+    for share, case in zip(shares, curve, strict=True):
+        total += share * getattr(case.own, metric)
+    return total
+
+
+def against(title: str, name: str, own: Floats, other_name: str, other: Floats) -> Finding:
+    """Which of two curves loses less on average, with the paired error of their mean KL."""
+    gap, error = mean(own - other)
+    better, worse = (name, other_name) if gap < 0 else (other_name, name)
+    shown = abs(gap) > 2 * error
+    text = (
+        f"{better} loses less than {worse}: mean KL over the curve lower by {abs(gap):.2g} ±"
+        f" {error:.1g} nats per token."
+        if shown
+        else f"No difference measured between {name} and {other_name}: mean KL over the curve"
+        f" differs by {gap:+.2g} ± {error:.1g} nats per token."
+    )
+    return Finding(
+        title=title, text=text, difference=gap, stderr=error, unit="nats/token", shown=shown
+    )
+
+
+@dataclass(frozen=True)
+class Luck:
+    """What random orders give: their average curve, and how far single ones lie from it."""
+
+    average: Floats
+    """Token by token, the mean over the orders."""
+    means: tuple[float, ...]
+    """Mean over tokens of each order."""
+    distinct: int
+    """How many of the orders differ at all."""
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation between orders; NaN where fewer than two differ."""
+        return float(np.std(self.means, ddof=1)) if self.distinct > 1 else math.nan
+
+
+def luck(curves: Sequence[Floats]) -> Luck:
+    """curves: one for each random order, from `averaged`."""
+    means = tuple(float(c.mean()) for c in curves)
+    return Luck(np.mean(curves, axis=0), means, len(set(means)))
+
+
+def against_random(title: str, name: str, own: Floats, random: Luck) -> Finding:
+    """Whether an order does better than a random one would, beyond tokens' and orders' chance.
+
+    Two errors are combined: that of the tokens (paired), and that of drawing orders, which for one
+    more random order against the mean of n is spread x sqrt(1 + 1/n). At n = 3, twice this is about
+    what Student's t demands (4.3 x spread / sqrt(3)) to call the mean of all random orders
+    different.
+    """
+    gap, error = mean(own - random.average)
+    if random.distinct < 2:
+        return Finding(
+            title=title,
+            text=f"Not known: one random order is no measure of chance. {name}'s mean KL over the"
+            f" curve differs from its by {gap:+.2g} ± {error:.1g} nats per token.",
+            difference=gap, stderr=error, unit="nats/token",
+        )  # fmt: skip
+    count, spread = len(random.means), random.spread
+    beaten = sum(float(own.mean()) < m for m in random.means)
+    facts = (
+        f"mean KL over the curve {gap:+.2g} against the mean of {count} random orders (error of the"
+        f" tokens ± {error:.1g}, spread between the orders ± {spread:.1g} nats per token); it beats"
+        f" {beaten} of {count}."
+    )
+    both = math.hypot(error, spread * math.sqrt(1 + 1 / count))
+    shown = abs(gap) > 2 * both
+    verdict = f"{name} is {'better' if gap < 0 else 'worse'} than a random order"
+    text = (
+        f"{verdict}: {facts}" if shown else f"No difference measured from chance: {name}, {facts}"
+    )
+    return Finding(
+        title=title, text=text, difference=gap, stderr=both, unit="nats/token", shown=shown
+    )
+
+
+def order_text(layers: Sequence[int]) -> str:
+    """`11–8, 3, 5`: an order with its runs drawn together, upwards or downwards."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        run = runs[-1] if runs else []
+        step = layer - run[-1] if run else 0
+        if abs(step) == 1 and (len(run) == 1 or step == run[-1] - run[-2]):
+            run.append(layer)
+        else:
+            runs.append([layer])
+    long = [r if len(r) > 2 else [] for r in runs]
+    shown = [
+        f"{r[0]}–{r[-1]}" if keep else ", ".join(map(str, r))
+        for r, keep in zip(runs, long, strict=True)
+    ]
+    return ", ".join(shown)
+
+
+__all__ = [
+    "KEPT", "Crossing", "Luck", "against", "against_random", "average_bits", "averaged",
+    "case_bits", "crossing", "every", "fallbacks", "luck", "order_text", "ranking",
+    "retention", "stored", "tied",
+]  # fmt: skip
