@@ -301,6 +301,7 @@ _MAKER = {
     "plan": "plan",
     "quantized": "quantize",
     "evaluation": "evaluate",
+    "study": "study",
 }
 
 

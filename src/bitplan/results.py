@@ -45,6 +45,8 @@ class Point(Record):
     label: str = ""
     detail: str = ""
     """More for whoever points at it."""
+    mark: str = ""
+    """`best quantized`: a word beside a bar or point, which is drawn in a colour of its own."""
 
 
 class Series(Record):
@@ -78,6 +80,7 @@ class Chart(Record):
     best: tuple[float, float, float, float] | None = None
     """Region to shade: x from, x to, y from, y to."""
     best_label: str = ""
+    """Words for that region; of bars: for the shortest one, unless a point has a `mark`."""
     log_y: bool = False
     baseline: float | None = None
     """bars: where they start; e.g. the reference's perplexity."""
