@@ -83,7 +83,7 @@ def compare(args: argparse.Namespace, out: Path) -> list[dict[str, float | str]]
             target = Budget(text=preset.name, bytes=preset.bytes)
             chosen = plan.make(sensitivity, target)
             if args.refine:
-                chosen = refine.run(model, sensitivity, chosen, measured, matrix.importance())
+                chosen = refine.run(model, sensitivity, chosen, measured, matrix.importance(), out)
             for name, types in (
                 (preset.name, preset.types),
                 (f"plan@{preset.name}", chosen.tensors),

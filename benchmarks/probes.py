@@ -5,8 +5,9 @@
 Measures every cell once. Each choice of probes is then a subset of the same measurements, so that
 nothing but the inference differs. For each: rank correlation of the inferred cells with the
 measured ones, model evaluations of 8 windows, and KL of the plans on held-out windows, by hot swap,
-as a paired difference from the full table's plan at the same bytes. Plans are shown as the table
-gives them and refined (`bitplan.refine`), which is what `bitplan auto` ships.
+as a paired difference from the full table's plan at the same bytes, and whether that is within the
+two figures' own errors. Plans are shown as the table gives them, corrected by format, and refined
+(`bitplan.refine`), which is what `bitplan auto` ships.
 """
 
 from __future__ import annotations
@@ -14,14 +15,26 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import platform
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from bitplan import budget, demo, evaluate, formats, imatrix, inference, measure, plan, refine, text
+from bitplan import (
+    budget,
+    demo,
+    evaluate,
+    formats,
+    imatrix,
+    inference,
+    measure,
+    plan,
+    presets,
+    refine,
+    text,
+)
 from bitplan.artifacts import Plan, Sensitivity
 from bitplan.demo import corpus
 from bitplan.divergence import Mean
@@ -29,6 +42,8 @@ from bitplan.metrics import mean
 from bitplan.runtimes.llamacpp import LlamaModel, engine_version
 
 CHOICES = ("q3_k", "q3_k+iq4_xs")
+REFINED = {", by format": False, ", refined": True}
+"""Corrected by format only, and with the plan's own inferred cells measured as well."""
 BITS = (2.9, 3.2, 3.6, 4.5, 5.5)
 
 
@@ -50,7 +65,7 @@ def main() -> None:
         settings = measure.Settings(formats.parse(args.formats), "weight_error", full=True)
         errors = measure.run(model, calibration, settings, args.out / "errors", imatrix=matrix)
         tables = {"full": full, **{c: inferred(model, full, errors, c) for c in args.probes}}
-        plans, evaluations = made(model, tables, calibration, matrix)
+        plans, evaluations = made(model, tables, calibration, matrix, args.out)
         show(
             model,
             tables,
@@ -87,22 +102,23 @@ def made(
     tables: dict[str, Sensitivity],
     calibration: text.Windows,
     matrix: imatrix.Imatrix,
-) -> tuple[dict[tuple[str, float], Plan], dict[str, float]]:
+    out: Path,
+) -> tuple[dict[tuple[str, float], Plan], dict[str, int]]:
     """Plans by (name, bits), plain and refined; evaluations of 8 windows that each name costs."""
     plans, evaluations = {}, {}
     for name, table in tables.items():
-        measured = len([s for s in table.cells if s.measured])
-        evaluations[name] = float(measured)
-        counted = Counter[str]()
+        measured = evaluations[name] = len([s for s in table.cells if s.measured])
         for bits in BITS:
-            plain = plan.make(table, budget.of_bpw(bits, table.model.weights))
-            plans[name, bits] = plain
-            bench = lambda what, *_, c=counted: c.update([what])  # noqa: E731
-            plans[f"{name}, refined", bits] = refine.run(
-                model, table, plain, calibration, matrix.importance(), progress=bench
-            )
-        runs = sum(counted.values()) / len(BITS) / len(calibration.tokens)
-        evaluations[f"{name}, refined"] = measured + runs
+            plans[name, bits] = plan.make(table, budget.of_bpw(bits, table.model.weights))
+        for kind, confirm in REFINED.items():
+            asked = 0
+            for bits in BITS:
+                found = plans[name + kind, bits] = refine.run(
+                    model, table, plans[name, bits], calibration, matrix.importance(), out,
+                    confirm=confirm,
+                )  # fmt: skip
+                asked += found.origin.settings["refined"]["evaluations"]
+            evaluations[name + kind] = measured + round(asked / len(BITS))
     return plans, evaluations
 
 
@@ -110,13 +126,13 @@ def show(
     model: LlamaModel,
     tables: dict[str, Sensitivity],
     plans: dict[tuple[str, float], Plan],
-    evaluations: dict[str, float],
+    evaluations: dict[str, int],
     held_out: text.Windows,
     matrix: imatrix.Imatrix,
     out: Path,
 ) -> None:
     contenders = [
-        evaluate.Contender(f"{n}@{b}", p.bytes, types=refine.types(p))
+        evaluate.Contender(f"{n}@{b}", p.bytes, types=presets.as_formats(p.tensors))
         for (n, b), p in plans.items()
     ]
     _, figures = evaluate.tokens(model, contenders, held_out, matrix.importance())
@@ -126,16 +142,21 @@ def show(
     print("|---|---|---|" + "---|" * len(BITS))
     record = []
     for name, count in evaluations.items():
-        against = "full, refined" if name.endswith("refined") else "full"
+        against = next((f"full{k}" for k in REFINED if name.endswith(k)), "full")
         row = []
         for bits in BITS:
             own, best = figures[f"{name}@{bits}"].kl, figures[f"{against}@{bits}"].kl
-            gap, error = mean(own - best)
-            row.append({"bpw": bits, "kl": float(own.mean()), "gap": gap, "stderr": error})
-        rank = correlation(tables["full"], tables.get(name, tables["full"]))
+            (gap, error), alone = mean(own - best), math.hypot(mean(own)[1], mean(best)[1])
+            row.append(
+                {"bpw": bits, "kl": float(own.mean()), "gap": gap, "stderr": error, "alone": alone}
+            )
+        rank = correlation(tables["full"], tables[name]) if name in tables else None
         record.append({"measured": name, "evaluations": count, "rank": rank, "plans": row})
-        columns = [f"{r['kl']:.5f} ({r['gap']:+.5f} ± {r['stderr']:.5f})" for r in row]
-        print(f"| {name} | {count:.0f} | {rank:.4f} | " + " | ".join(columns) + " |")
+        columns = [
+            f"{r['kl']:.5f} ({r['gap']:+.5f} ± {r['stderr']:.5f}; {r['alone']:.5f})" for r in row
+        ]
+        shown = "" if rank is None else f"{rank:.4f}"
+        print(f"| {name} | {count} | {shown} | " + " | ".join(columns) + " |")
     (out / "probes.json").write_text(json.dumps(record, indent=1, default=float) + "\n")
     for name, bits in itertools.product(tables, BITS):
         found = plans[f"{name}, refined", bits].origin.settings["refined"]["format_factors"]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bitplan import budget, formats, inference, measure, plan, refine
+from bitplan import artifacts, budget, formats, inference, measure, plan, refine
+from bitplan.measured import Place
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.text import Windows, windows
 
@@ -18,9 +19,10 @@ def test_the_refined_plan_measures_no_worse(
 ) -> None:
     table = measure.run(tiny, text_windows, measure.Settings(WANTED), tmp_path)
     first = plan.make(table, budget.of_bpw(5.5, table.model.weights))
-    best = refine.run(tiny, table, first, text_windows, {})
-    bench = refine.Bench(tiny, text_windows, {}, lambda *_: None)
-    kl = bench.kl({"first": refine.types(first), "best": refine.types(best)})
+    best = refine.run(tiny, table, first, text_windows, {}, tmp_path)
+    kl = bench(tiny, table, text_windows, tmp_path).kl(
+        {"first": first.tensors, "best": best.tensors}
+    )
     assert kl["best"] <= kl["first"]
     assert best.bytes <= first.budget.bytes
     assert best.origin.settings["refined"]["calibration_kl"] == pytest.approx(kl["best"])
@@ -45,6 +47,43 @@ def test_factors_are_measured_over_predicted(
     doubled = inference.scaled(table, found)
     for old, new in zip(table.scores, doubled.scores, strict=True):
         assert new.damage == pytest.approx(old.damage * found.get(old.format, 1.0))
+
+
+def test_the_plans_own_cells_are_measured_where_they_were_inferred(
+    tiny: LlamaModel, text_windows: Windows, tmp_path: Path
+) -> None:
+    few = measure.run(tiny, text_windows, measure.Settings(WANTED), tmp_path / "few")
+    full = measure.run(tiny, text_windows, measure.Settings(WANTED, full=True), tmp_path / "full")
+    chosen = plan.make(few, budget.of_bpw(5.5, few.model.weights))
+    better = refine.confirmed(bench(tiny, few, text_windows, tmp_path), few, chosen)
+    truth = {(s.unit, s.format): s.damage for s in full.scores}
+    guessed = 0
+    for old, new in zip(few.scores, better.scores, strict=True):
+        if chosen.formats[old.unit] == old.format and not old.measured:
+            guessed += 1
+            assert new.measured
+            assert new.damage == pytest.approx(truth[old.unit, old.format], rel=1e-6, abs=1e-12)
+        else:
+            assert new == old
+    assert guessed
+
+
+def test_a_repeated_refinement_measures_nothing_again(
+    tiny: LlamaModel, text_windows: Windows, tmp_path: Path
+) -> None:
+    table = measure.run(tiny, text_windows, measure.Settings(WANTED), tmp_path)
+    first = plan.make(table, budget.of_bpw(5.5, table.model.weights))
+    once = refine.run(tiny, table, first, text_windows, {}, tmp_path)
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "measured").iterdir()}
+    assert refine.run(tiny, table, first, text_windows, {}, tmp_path) == once
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "measured").iterdir()} == kept
+
+
+def bench(
+    model: LlamaModel, table: artifacts.Sensitivity, windows: Windows, out: Path
+) -> refine.Bench:
+    place = Place(out / "measured", table.model.sha256, table.imatrix, model.threads)
+    return refine.Bench(model, windows, {}, place)
 
 
 @pytest.fixture

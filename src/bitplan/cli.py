@@ -257,6 +257,7 @@ def auto(
     group: o.Group = "tensor",
     probes: o.Probes = "",
     full: o.Full = False,
+    confirm: o.Confirm = True,
     keep: o.Keep = None,
     floor: o.Floor = None,
     imatrix: o.Matrix = None,
@@ -285,8 +286,8 @@ def auto(
         model=o.located(model), size=size, bpw=bpw, fit=fit, fit_ctx=fit_ctx, max_kl=max_kl,
         text=text, eval_text=eval_text or text, ctx=ctx, windows=windows,
         eval_windows=eval_windows, imatrix_windows=imatrix_windows, scorer=scorer,
-        formats=formats, group=group, probes=probes, full=full, keep=keep, floor=floor,
-        imatrix=imatrix, no_imatrix=no_imatrix, presets=presets, speed=speed,
+        formats=formats, group=group, probes=probes, full=full, confirm=confirm, keep=keep,
+        floor=floor, imatrix=imatrix, no_imatrix=no_imatrix, presets=presets, speed=speed,
         gpu_layers=gpu_layers, seed=seed, threads=threads, out=out, fresh=fresh,
         allow_requantize=allow_requantize,
     )  # fmt: skip

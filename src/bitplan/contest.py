@@ -15,11 +15,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from bitplan import evaluate, presets, quantize, refine
+from bitplan import evaluate, measured, presets, quantize, refine
 from bitplan.artifacts import Evaluation, ModelFacts, Plan, Quantized, Sensitivity
 from bitplan.evaluate import Contender
 from bitplan.imatrix import Imatrix
 from bitplan.measure import added_keys
+from bitplan.measured import Place, Work
 from bitplan.presets import Preset
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.text import Windows
@@ -68,6 +69,7 @@ def run(
     *,
     floors: Mapping[str, str] | None = None,
     rivals: Rivals = "near",
+    confirm: bool = True,
 ) -> Result:
     """Turn a first plan into the best measured file within its budget."""
     chosen = refine.run(
@@ -76,7 +78,9 @@ def run(
         first,
         calibration,
         ring.importance,
+        ring.out,
         floors=floors,
+        confirm=confirm,
         progress=ring.progress,
     )
     chosen.save(ring.out / "plan.json")
@@ -166,7 +170,9 @@ def best_preset(ring: Ring, fitting: Sequence[Preset], windows: Windows) -> Pres
     """The preset of least KL on the calibration windows, by hot swap; None when none fits."""
     if len(fitting) < 2:
         return fitting[0] if fitting else None
-    rivals = [Contender(p.name, p.bytes, types=presets.as_formats(p.types)) for p in fitting]
-    _, figures = evaluate.tokens(ring.model, rivals, windows, ring.importance, ring.progress)
-    best = min(figures, key=lambda name: float(figures[name].kl.mean()))
+    works = [Work(p.name, p.types) for p in fitting]
+    imatrix = ring.imatrix.hash() if ring.imatrix else ""
+    place = Place(ring.out / "measured", ring.facts.sha256, imatrix, ring.model.threads)
+    found = measured.run(ring.model, works, windows.tokens, ring.importance, place, ring.progress)
+    best = min(found, key=lambda name: float(found[name].kl.mean()))
     return next(p for p in fitting if p.name == best)

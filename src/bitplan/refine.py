@@ -12,15 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from bitplan import evaluate, formats, inference, plan
+from bitplan import inference, measured, plan
 from bitplan.artifacts import Plan, Sensitivity
-from bitplan.evaluate import Contender
-from bitplan.formats import Format
-from bitplan.metrics import Tokens
+from bitplan.measured import Place, Work
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.text import Windows
 
@@ -38,13 +37,15 @@ class Bench:
     model: LlamaModel
     windows: Windows
     importance: Importance
-    progress: Progress
+    place: Place
+    progress: Progress = lambda *_: None
 
-    def kl(self, variants: Mapping[str, Mapping[str, Format]]) -> dict[str, float]:
-        """Mean KL of each variant (types by tensor), by hot swap on the calibration windows."""
-        rivals = [Contender(name, 0, types=types) for name, types in variants.items()]
-        found: dict[str, Tokens]
-        _, found = evaluate.tokens(self.model, rivals, self.windows, self.importance, self.progress)
+    def kl(self, variants: Mapping[str, Mapping[str, str]]) -> dict[str, float]:
+        """Mean KL of each variant (formats by tensor), by hot swap on the calibration windows."""
+        works = [Work(name, types) for name, types in variants.items()]
+        found = measured.run(
+            self.model, works, self.windows.tokens, self.importance, self.place, self.progress
+        )
         return {name: float(t.kl.mean()) for name, t in found.items()}
 
 
@@ -54,30 +55,52 @@ def run(
     first: Plan,
     windows: Windows,
     importance: Importance,
+    out: Path,
     *,
     floors: Mapping[str, str] | None = None,
     rounds: int = 3,
+    confirm: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Plan:
-    """The best measured of the first plan and its corrected successors, within the same budget."""
-    bench = Bench(model, windows, importance, progress)
-    current, factors = first, dict[str, float]()
+    """The best measured of the first plan and its corrected successors, within the same budget.
+
+    What it measures is kept in OUT/measured, and not measured again when the run is repeated.
+    confirm: also measure each cell that the plan relies on and that was only inferred.
+    """
+    place = Place(out / "measured", sensitivity.model.sha256, sensitivity.imatrix, model.threads)
+    bench = Bench(model, windows, importance, place, progress)
+    table, current, factors = sensitivity, first, dict[str, float]()
     tried: list[tuple[float, Plan]] = []
+    asked = 0
     for _ in range(rounds + 1):
-        measured = bench.kl({WHOLE: types(current), **by_format(current)})
-        tried.append((measured[WHOLE], current))
-        factors = updated(factors, sensitivity, current, measured)
-        table = inference.scaled(sensitivity, factors)
-        current = plan.make(table, first.budget, pins=first.pins, floors=floors)
+        if confirm and table.scorer == "kl":
+            table = confirmed(bench, table, current)
+        found = bench.kl({WHOLE: current.tensors, **by_format(current)})
+        asked += len(found)
+        tried.append((found[WHOLE], current))
+        factors = updated(factors, table, current, found)
+        corrected = inference.scaled(table, factors)
+        current = plan.make(corrected, first.budget, pins=first.pins, floors=floors)
         if any(current.formats == before.formats for _, before in tried):
             break
     kl, best = min(tried, key=lambda pair: pair[0])
-    return _noted(best, sensitivity, kl, factors)
+    asked += _measured_cells(table) - _measured_cells(sensitivity)
+    return _noted(best, sensitivity, kl, factors, asked)
 
 
-def _noted(best: Plan, sensitivity: Sensitivity, kl: float, factors: Factors) -> Plan:
-    """The plan with its true parent, and what the correction was."""
-    found = {"calibration_kl": kl, "format_factors": dict(sorted(factors.items()))}
+def _measured_cells(table: Sensitivity) -> int:
+    return sum(s.measured for s in table.cells)
+
+
+def _noted(
+    best: Plan, sensitivity: Sensitivity, kl: float, factors: Factors, evaluations: int
+) -> Plan:
+    """The plan with its true parent, what the correction was, and how many variants it took."""
+    found = {
+        "calibration_kl": kl,
+        "format_factors": dict(sorted(factors.items())),
+        "evaluations": evaluations,
+    }
     origin = best.origin.model_copy(
         update={
             "settings": {**best.origin.settings, "refined": found},
@@ -87,29 +110,47 @@ def _noted(best: Plan, sensitivity: Sensitivity, kl: float, factors: Factors) ->
     return best.model_copy(update={"origin": origin})
 
 
-def types(chosen: Plan) -> dict[str, Format]:
-    return {tensor: formats.get(name) for tensor, name in chosen.tensors.items()}
+def confirmed(bench: Bench, table: Sensitivity, chosen: Plan) -> Sensitivity:
+    """The table with the plan's own cells measured, each unit alone, where they were inferred.
+
+    A knapsack picks what looks cheap, and so what was inferred too low; this is where to look.
+    """
+    guessed = {
+        s.unit: s.format
+        for s in table.scores
+        if not s.measured and chosen.formats[s.unit] == s.format
+    }
+    tensors = {u.name: u.tensors for u in table.units if u.name in guessed}
+    variants = {unit: {t: chosen.tensors[t] for t in names} for unit, names in tensors.items()}
+    found = bench.kl(variants) if variants else {}
+    scores = [
+        s.model_copy(update={"damage": found[s.unit], "measured": True})
+        if guessed.get(s.unit) == s.format
+        else s
+        for s in table.scores
+    ]
+    return table.model_copy(update={"scores": scores})
 
 
-def by_format(chosen: Plan) -> dict[str, dict[str, Format]]:
+def by_format(chosen: Plan) -> dict[str, dict[str, str]]:
     """For each format of a plan, a variant that rounds only the tensors stored in it."""
-    groups: dict[str, dict[str, Format]] = {}
-    for tensor, fmt in types(chosen).items():
-        groups.setdefault(fmt.name, {})[tensor] = fmt
+    groups: dict[str, dict[str, str]] = {}
+    for tensor, name in chosen.tensors.items():
+        groups.setdefault(name, {})[tensor] = name
     return groups
 
 
 def updated(
-    factors: Factors, table: Sensitivity, chosen: Plan, measured: Mapping[str, float]
+    factors: Factors, table: Sensitivity, chosen: Plan, found: Mapping[str, float]
 ) -> dict[str, float]:
     """Factor per format: measured / predicted, averaged (geometrically) with what was known."""
     predicted: dict[str, float] = {}
     for s in table.scores:
         if chosen.formats[s.unit] == s.format:
             predicted[s.format] = predicted.get(s.format, 0.0) + max(s.damage, 0.0)
-    found = dict(factors)
+    known = dict(factors)
     for name, sum_of_cells in predicted.items():
-        if sum_of_cells > 0 and measured.get(name, 0.0) > 0:
-            new = measured[name] / sum_of_cells
-            found[name] = math.sqrt(found[name] * new) if name in found else new
-    return found
+        if sum_of_cells > 0 and found.get(name, 0.0) > 0:
+            new = found[name] / sum_of_cells
+            known[name] = math.sqrt(known[name] * new) if name in known else new
+    return known
