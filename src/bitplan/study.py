@@ -55,9 +55,11 @@ def listed(name: str, subject: Subject, options: Any) -> list[Listed]:
 
 
 def _sized(subject: Subject, variant: Variant) -> Listed:
+    removal.check(subject.header, variant.removed)
     header = removal.without(subject.header, variant.removed)
-    types = removal.renamed(dict(variant.types), subject.header, variant.removed)
-    size = gguf.predicted(header, types, subject.keys) if types else header.size
+    types = removal.renamed(variant.types, subject.header, variant.removed)
+    changed = types or variant.removed
+    size = gguf.predicted(header, types, subject.keys) if changed else header.size
     data = gguf.tensor_bytes(header, types)
     return Listed(variant, size, data, 8 * size / subject.header.weights)
 
@@ -152,8 +154,7 @@ def _measured(
 
 def _work(subject: Subject, variant: Variant) -> Work:
     gone = removal.zeroed(subject.header, variant.removed) if variant.removed else ()
-    types = {t: f for t, f in variant.types.items() if removal.layer_of(t) not in variant.removed}
-    return Work(variant.name, types, gone)
+    return Work(variant.name, removal.kept(variant.types, variant.removed), gone)
 
 
 def _digest(variant: Variant) -> str:

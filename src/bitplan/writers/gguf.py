@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bitplan import formats, gguf_layout, imatrix
+from bitplan import formats, gguf_layout, imatrix, removal
 from bitplan.errors import ImatrixError, ModelFileError, WriteError
 from bitplan.gguf_file import Header
 from bitplan.imatrix import Imatrix
@@ -44,14 +44,19 @@ def write(
 ) -> str:
     """Write `header`'s model with these types (tensor -> format); returns the equivalent command.
 
-    matrix: importance matrix file, for the formats that use one. Raises ImatrixError where one is
-    missing, ModelFileError for an input that is quantized already, WriteError for all that goes
-    wrong while writing; nothing is left under `out` then.
+    Tensors without a type keep their own. matrix: importance matrix file, for the formats that use
+    one. removed: layers to leave out; the others are numbered anew in the file, while types and
+    matrix bear the source's names. Raises ImatrixError where a matrix is missing, ModelFileError
+    for an input that is quantized already, UsageError for layers that cannot be removed, WriteError
+    for all that goes wrong while writing; nothing is left under `out` then.
     """
     check_source(header, types, allow_requantize)
+    removal.check(header, removed)
     loaded = imatrix.read(matrix) if matrix else None
-    check_importance(types, loaded)
+    check_importance(removal.kept(types, removed), loaded)
     metadata = _metadata(plan_hash, loaded)
+    source, header = header, removal.without(header, removed)
+    types = _complete(header, removal.renamed(types, source, removed))
     size = predicted(header, types, metadata)
     overrides = {k: v for k, v in metadata.items() if k not in _SET_BY_LLAMA}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +73,7 @@ def write(
         metadata=overrides,
         threads=threads,
         allow_requantize=allow_requantize,
+        removed=sorted(removed),
     )
     try:
         run_child(job, progress)
@@ -75,7 +81,13 @@ def write(
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
-    return command(header, types, out, metadata, matrix, allow_requantize)
+    return command(header, types, out, metadata, matrix, allow_requantize, removed)
+
+
+def _complete(header: Header, types: Mapping[str, str]) -> dict[str, str]:
+    """With a format for every tensor that llama.cpp would otherwise choose one for: its own."""
+    missing = {t.name: t.fmt.name for t in header.tensors if quantizable(t)}
+    return {**types, **{n: f for n, f in missing.items() if n not in types}}
 
 
 def predicted(header: Header, types: Mapping[str, str], metadata: gguf_layout.Keys) -> int:
@@ -201,13 +213,19 @@ def command(
     metadata: Mapping[str, int | str],
     matrix: Path | None,
     allow_requantize: bool,
+    removed: Sequence[int] = (),
 ) -> str:
-    """The llama-quantize command line that writes the same tensors; safe to paste into a shell."""
+    """The llama-quantize command line that writes the same tensors; safe to paste into a shell.
+
+    header, types: by the names in the written file, which are those that llama.cpp's patterns see.
+    """
     parts = ["llama-quantize"]
     if allow_requantize:
         parts.append("--allow-requantize")
     if matrix:
         parts += ["--imatrix", str(matrix)]
+    if removed:
+        parts += ["--prune-layers", ",".join(map(str, sorted(removed)))]
     for key in ("bitplan.version", "bitplan.plan"):
         parts += ["--override-kv", f"{key}=str:{metadata[key]}"]
     for tensor, fmt in types.items():

@@ -32,6 +32,9 @@ class Job:
     threads: int = 0
     dry_run: bool = False
     allow_requantize: bool = False
+    removed: list[int] = field(default_factory=list)
+    """Layers to leave out. `types` has the names after renumbering, `imatrix` those before: that is
+    how llama.cpp looks them up."""
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -70,6 +73,10 @@ def parameters(job: Job) -> tuple[Any, list[Any]]:
             _fill(pair, key, value)
         params.kv_overrides = pairs
         keep.append(pairs)
+    if job.removed:
+        layers = (ctypes.c_int32 * (len(job.removed) + 1))(*sorted(set(job.removed)), -1)
+        params.prune_layers = layers
+        keep.append(layers)
     if job.imatrix:
         params.imatrix, arrays = _importance(job.imatrix)
         keep.append(arrays)
