@@ -1,7 +1,8 @@
 """Stage 5: what the other stages wrote -> a report for people.
 
-Reads sensitivity.json, plan.json, quantized.json and evaluation.json, as many as there are. Writes
-report.html (one file that needs no network), report.md, report.json and the charts in figures/.
+Reads sensitivity.json, plan.json, quantized.json and evaluation.json, as many as there are; or a
+study's results.json, see `report_study`. Writes report.html (one file that needs no network),
+report.md, report.json and the charts in figures/.
 """
 
 from __future__ import annotations
@@ -11,23 +12,23 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from bitplan import artifacts
+from bitplan import artifacts, report_study
 from bitplan.artifacts import Artifact, Evaluation, Plan, Quantized, Sensitivity
-from bitplan.budget import human
 from bitplan.errors import ArtifactError
 from bitplan.reporting import charts, figures, findings, heatmaps, scales, verdict, wording
 from bitplan.reporting.findings import Findings
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from bitplan.reporting.templates import environment
+from bitplan.results import Results
 
 A = TypeVar("A", bound=Artifact)
 
 
 def write_from(directory: Path) -> list[Path]:
     """Report on the artefacts in a folder. Raises ArtifactError when none is there."""
+    if (results := directory / "results.json").exists():
+        return report_study.write(artifacts.load(results, Results), directory)
     parts = {
         "sensitivity": _load(directory, Sensitivity),
         "plan": _load(directory, Plan),
@@ -35,8 +36,8 @@ def write_from(directory: Path) -> list[Path]:
     }
     if not any(parts.values()):
         raise ArtifactError(
-            f"{directory}: holds no sensitivity.json, plan.json or evaluation.json; give the folder"
-            " that bitplan auto or bitplan measure wrote."
+            f"{directory}: holds no sensitivity.json, plan.json, evaluation.json or results.json;"
+            " give the folder that bitplan auto, bitplan measure or bitplan study wrote."
         )
     return write(directory, **parts, quantized=_load(directory, Quantized))  # type: ignore[arg-type]
 
@@ -72,16 +73,15 @@ def html(facts: Findings) -> str:
     drawn = wording.finite(charts.all_of(facts))
     # The page may run its own scripts only: should a hostile name ever get through, it stays text.
     nonce = hashlib.sha256(json.dumps([facts.hashes, drawn]).encode()).hexdigest()[:32]
-    page = _environment(finalize=wording.one_line).get_template("report.html.j2")
+    page = environment(finalize=wording.one_line).get_template("report.html.j2")
     script = Markup(get_plotlyjs()) if drawn else ""
     return page.render(_context(facts), charts=drawn, plotly=script, nonce=nonce)
 
 
 def markdown(facts: Findings) -> str:
     """The same facts for a README or a pull request."""
-    return (
-        _environment(finalize=wording.markdown).get_template("report.md.j2").render(_context(facts))
-    )
+    page = environment(finalize=wording.markdown).get_template("report.md.j2")
+    return page.render(_context(facts))
 
 
 def summary(facts: Findings) -> dict[str, Any]:
@@ -112,27 +112,6 @@ def summary(facts: Findings) -> dict[str, Any]:
 def _load(directory: Path, kind: type[A]) -> A | None:
     path = directory / f"{kind.kind}.json"
     return artifacts.load(path, kind) if path.exists() else None
-
-
-def _environment(**options: Any) -> Environment:
-    """Templates with the words of `wording`; whatever ends in .html.j2 is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    made = Environment(
-        loader=PackageLoader("bitplan"),
-        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-        **options,
-    )
-    made.filters |= {
-        "size": human,
-        "sig": wording.sig,
-        "percent": wording.percent,
-    }
-    made.globals |= {"shown": wording.measurement}
-    return made
 
 
 def _context(facts: Findings) -> dict[str, Any]:

@@ -62,13 +62,13 @@ def save(facts: Findings, folder: Path) -> list[Path]:
                 picture = io.BytesIO()
                 figure.savefig(picture, format=suffix, metadata=metadata)
                 paths.append(folder / f"{name}.{suffix}")
-                _write(paths[-1], picture.getvalue())
+                write_bytes(paths[-1], picture.getvalue())
     return paths
 
 
 def frontier(facts: Findings, plan: Plan) -> Figure:
     seen = charts.view(facts, plan)
-    figure, axes = _canvas(7.6, 4.2)
+    figure, axes = canvas(7.6, 4.2)
     line = [p for p in plan.frontier if p.damage > 0]
     axes.plot(
         [p.bytes / seen.unit for p in line], [p.damage for p in line],
@@ -87,7 +87,7 @@ def frontier(facts: Findings, plan: Plan) -> Figure:
             color=PLAN if own else OTHER, label="_" if known else label,
         )  # fmt: skip
         if where[candidate.name]:
-            _label(axes, candidate.name, candidate.bytes / seen.unit, kl, where[candidate.name])
+            annotate(axes, candidate.name, candidate.bytes / seen.unit, kl, where[candidate.name])
     axes.set_yscale("log")
     ticks = log_ticks(*seen.damage)
     axes.set_yticks([t for t, _ in ticks], [text for _, text in ticks])
@@ -99,7 +99,7 @@ def frontier(facts: Findings, plan: Plan) -> Figure:
     return figure
 
 
-def _label(axes: Axes, name: str, x: float, y: float, position: str) -> None:
+def annotate(axes: Axes, name: str, x: float, y: float, position: str) -> None:
     """Put a label where `scales.place` found room, in its words."""
     high, side = position.split()
     up = {"top": 1, "middle": 0, "bottom": -1}[high]
@@ -152,7 +152,7 @@ def spend(facts: Findings) -> Figure:
     roles = list(facts.spend)
     sums = [sum(parts.values()) for parts in facts.spend.values()]
     unit, unit_name = charts.unit_of(max(sums))
-    figure, axes = _canvas(7.6, 0.9 + 0.3 * len(roles))
+    figure, axes = canvas(7.6, 0.9 + 0.3 * len(roles))
     left = [0.0] * len(roles)
     for name, colour in colours.items():
         widths = [facts.spend[r].get(name, 0) / unit for r in roles]
@@ -171,7 +171,7 @@ def spend(facts: Findings) -> Figure:
     return figure
 
 
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -181,7 +181,7 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
 def _grid(cells: dict[heatmaps.Place, float]) -> tuple[Figure, Axes]:
     """An empty canvas with roles and layers on its axes."""
     roles, layers = heatmaps.grid(cells)
-    figure, axes = _canvas(min(3.2 + 0.32 * len(layers), 14), 0.9 + 0.3 * len(roles))
+    figure, axes = canvas(min(3.2 + 0.32 * len(layers), 14), 0.9 + 0.3 * len(roles))
     names = [heatmaps.NO_LAYER if layer is None else str(layer) for layer in layers]
     step = -(-len(names) // 40)  # more than some 40 numbers would run into one another
     axes.set_xticks(range(0, len(names), step), names[::step])
@@ -203,7 +203,7 @@ def _image(axes: Axes, cells: dict[heatmaps.Place, float], **colours: Any) -> An
     return image
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Under a temporary name first, as everything that bitplan writes."""
     partial = path.with_name(path.name + ".partial")
     try:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite as finite
 
 from bitplan.reporting.scales import GREY, NARROW, OTHER, PLAN, Spot, log_ticks, place
 from bitplan.reporting.wording import plain, sig
@@ -79,11 +80,9 @@ def colour_of(mark: Mark, chart: Chart) -> str:
 def drawn(chart: Chart, series: Series) -> list[Point]:
     """Points that can be drawn, with errors that can."""
     return [
-        p.model_copy(update={"error": p.error if math.isfinite(p.error) and p.error > 0 else 0.0})
+        p.model_copy(update={"error": p.error if finite(p.error) and p.error > 0 else 0.0})
         for p in series.points
-        if math.isfinite(p.y)
-        and math.isfinite(p.x)
-        and (p.y > 0 or not chart.log_y or chart.kind != "lines")
+        if finite(p.y) and finite(p.x) and (p.y > 0 or not chart.log_y or chart.kind != "lines")
     ]
 
 
@@ -110,14 +109,14 @@ def axes(chart: Chart, pixels: Pixels) -> Axes:
     """Ranges that hold all points, errors and marks, and places for every label."""
     points = [p for s in chart.series for p in drawn(chart, s)]
     log_y = chart.log_y and chart.kind == "lines"
-    x_marks = [m for m in chart.marks if m.axis == "x" and math.isfinite(m.at)]
-    y_marks = [m for m in chart.marks if m.axis == "y" and math.isfinite(m.at)]
+    x_marks = [m for m in chart.marks if m.axis == "x" and finite(m.at)]
+    y_marks = [m for m in chart.marks if m.axis == "y" and finite(m.at)]
     y_marks = [m for m in y_marks if m.at > 0 or not log_y]
-    best = [v for v in chart.best or () if math.isfinite(v)]
-    xs = [p.x for p in points] + [m.at for m in x_marks] + best[:2]
+    best = chart.best or ()
+    xs = [p.x for p in points] + [m.at for m in x_marks] + [v for v in best[:2] if finite(v)]
     across = _span(xs, 0.04, False)
     rows = _rows(x_marks, across, pixels)
-    ys = [p.y for p in points] + [m.at for m in y_marks] + best[2:]
+    ys = [p.y for p in points] + [m.at for m in y_marks] + [v for v in best[2:] if finite(v)]
     ys += [p.y + p.error for p in points]
     ys += [p.y - p.error for p in points if p.y > p.error or not log_y]
     along = _span(ys, 0.07, log_y)
@@ -227,12 +226,20 @@ def _covered(chart: Chart, seen: Axes, pixels: Pixels) -> list[tuple[float, floa
         way = -step if side == "right" else step
         count = int(len(mark.label) * _LETTER / 6)
         found += [(start + way * n, seen.height(mark.at) + 8 / pixels[1]) for n in range(count)]
-    if chart.best and chart.best_label:
-        left, _, _, top = chart.best
+    if (best := region(chart, seen)) and chart.best_label:
+        left, _, _, top = best
         count = int(len(chart.best_label) * _LETTER / 6)
-        high = seen.height(min(max(top, seen.y[0]), seen.y[1])) - 9 / pixels[1]
+        high = seen.height(top) - 9 / pixels[1]
         found += [(left + step * n, high) for n in range(count)]
     return found
+
+
+def region(chart: Chart, seen: Axes) -> tuple[float, float, float, float] | None:
+    """The best region, cut to what the axes show; None where there is none."""
+    if chart.best is None or any(map(math.isnan, chart.best)):
+        return None
+    left, right, low, high = chart.best
+    return max(left, seen.x[0]), min(right, seen.x[1]), max(low, seen.y[0]), min(high, seen.y[1])
 
 
 def marked(chart: Chart) -> dict[tuple[int, int], str]:

@@ -8,7 +8,10 @@
   const mouse = window.matchMedia("(pointer: fine)").matches;
   const paint = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 
-  function themed(layout, name) {
+  function themed(figure) {
+    const wide = figure.layout;
+    const layout = small.matches && wide.meta?.narrow ? { ...wide, ...wide.meta.narrow } : wide;
+    const plane = figure.data.some((trace) => trace.type === "scatter");
     const axis = { gridcolor: paint("--grid"), linecolor: paint("--rule"), fixedrange: !mouse };
     const size = small.matches ? 11 : 13;
     const made = {
@@ -21,11 +24,11 @@
                     font: { color: paint("--ink"), size: 13 } },
       xaxis: { ...layout.xaxis, ...axis, title: { ...layout.xaxis.title, font: { size } } },
       yaxis: { ...layout.yaxis, ...axis, title: { ...layout.yaxis.title, font: { size } } },
-      dragmode: name === "frontier" && mouse ? "zoom" : false,
+      dragmode: plane && mouse ? "zoom" : false,
     };
     if (root.classList.contains("printing")) made.width = 680;
-    if (small.matches && name === "frontier") made.margin = { ...layout.margin, l: 58, r: 8 };
-    if (small.matches && figures[name].data[0].type === "heatmap") made.xaxis.nticks = 8;
+    if (small.matches && plane) made.margin = { ...layout.margin, l: 58, r: 8 };
+    if (small.matches && figure.data[0]?.type === "heatmap") made.xaxis.nticks = 8;
     return made;
   }
 
@@ -33,7 +36,8 @@
     return structuredClone(figure.data).map((trace) => {
       if (small.matches && trace.meta?.narrow) Object.assign(trace, trace.meta.narrow);
       if (trace.type === "scatter") trace.textfont = { color: paint("--ink") };
-      if (trace.type === "heatmap" && small.matches) trace.texttemplate = "";
+      if (trace.type === "bar") trace.outsidetextfont = { color: paint("--ink") };
+      if (trace.type === "heatmap" && small.matches && !trace.meta?.narrow) trace.texttemplate = "";
       if (trace.colorbar && choice) trace.visible = trace.name === choice.value;
       return trace;
     });
@@ -42,7 +46,7 @@
   function draw() {
     for (const node of document.querySelectorAll("[data-chart]")) {
       const name = node.dataset.chart;
-      Plotly.react(node, traces(figures[name]), themed(figures[name].layout, name),
+      Plotly.react(node, traces(figures[name]), themed(figures[name]),
                    { displayModeBar: false, responsive: true });
     }
   }
@@ -57,13 +61,26 @@
   filter?.addEventListener("input", () => {
     const words = filter.value.toLowerCase().split(/\s+/);
     let left = 0;
-    for (const row of document.querySelectorAll("#units tbody tr")) {
+    for (const row of filter.closest("section").querySelectorAll("tbody tr")) {
       const text = row.textContent.toLowerCase();
       row.hidden = !words.every((word) => text.includes(word));
       left += row.hidden ? 0 : 1;
     }
     document.getElementById("left").textContent = `${left} shown`;
   });
+  for (const button of document.querySelectorAll("button.copy")) {
+    const text = document.getElementById(button.getAttribute("aria-controls"));
+    button.addEventListener("click", async () => {
+      try {
+        await navigator.clipboard.writeText(text.textContent);
+        button.textContent = "Copied";
+      } catch {  // not allowed on this page: select it, so that one key copies it
+        window.getSelection().selectAllChildren(text);
+        button.textContent = "Selected";
+      }
+      setTimeout(() => { button.textContent = "Copy"; }, 1600);
+    });
+  }
   choice?.addEventListener("change", draw);
   small.addEventListener("change", draw);
   dark.addEventListener("change", draw);
