@@ -21,6 +21,7 @@ from bitplan import formats
 from bitplan.metrics import mean
 from bitplan.results import Finding
 from bitplan.studies import Case, Subject, difference
+from bitplan.units import padded
 
 Floats = npt.NDArray[np.float64]
 
@@ -88,6 +89,16 @@ def average_bits(
                 for t in unit.tensors
             )
     return 8 * stored_bytes / weights
+
+
+def nbytes(subject: Subject, types: Mapping[str, str]) -> int:
+    """Bytes of all tensors that can change format, padded as in the file. The rest of the file is
+    the same for all variants, so what is no larger here is no larger there."""
+    return sum(
+        padded(formats.nbytes(formats.get(types.get(t.name, t.fmt.name)), t.shape))
+        for unit in subject.units
+        for t in unit.tensors
+    )
 
 
 def case_bits(subject: Subject, case: Case) -> float:
@@ -279,10 +290,3 @@ def order_text(layers: Sequence[int]) -> str:
         for r, keep in zip(runs, long, strict=True)
     ]
     return ", ".join(shown)
-
-
-__all__ = [
-    "KEPT", "Crossing", "Luck", "against", "against_random", "average_bits", "averaged",
-    "case_bits", "crossing", "every", "fallbacks", "luck", "order_text", "ranking",
-    "retention", "stored", "tied",
-]  # fmt: skip

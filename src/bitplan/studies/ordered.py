@@ -1,0 +1,205 @@
+"""Layer orders as measured, and the tables and charts of them: what `orderings` draws.
+
+Cases in, parts of a story out. Each order is a curve from all layers in the high format to all in
+the low one; random orders are also shown as their mean with the spread between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitplan.budget import human
+from bitplan.metrics import mean
+from bitplan.reporting.wording import with_error
+from bitplan.results import Chart, Mark, Series, Table
+from bitplan.studies import Case, Measured, curves, difference, pictures
+from bitplan.studies.curves import Crossing, Floats, Luck
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One order as measured."""
+
+    name: str
+    ranked: list[int]
+    ties: list[list[int]]
+    cases: list[Case]
+    bits: list[float]
+    kl: Floats
+    """Token by token, the mean over the curve."""
+
+    @property
+    def lost(self) -> list[tuple[float, float]]:
+        """Nats per token above the first point, with paired errors."""
+        return [difference(case, self.cases[0]) for case in self.cases]
+
+
+@dataclass(frozen=True)
+class Found:
+    """All orders as measured: those by scorers, and the random ones."""
+
+    scored: list[Curve]
+    random: list[Curve]
+    high: str
+    low: str
+    kept: float
+    """Share of the first point's inverse perplexity that is wanted."""
+
+    @property
+    def luck(self) -> Luck | None:
+        return curves.luck([c.kl for c in self.random]) if self.random else None
+
+    @property
+    def all(self) -> list[Curve]:
+        return [*self.scored, *self.random]
+
+
+def share(kept: float) -> str:
+    return f"{100 * kept:g} %"
+
+
+def crossing(curve: Curve, kept: float) -> Crossing:
+    lost = curve.lost
+    limit = -math.log(kept)
+    return curves.crossing(curve.bits, [g for g, _ in lost], [e for _, e in lost], limit)
+
+
+# --- tables and charts ------------------------------------------------------------------------
+
+
+def summary(found: Found) -> Table:
+    luck = found.luck
+    rows = [_row(c, luck, found.kept) for c in found.scored]
+    best = min(range(len(rows)), key=lambda i: float(found.scored[i].kl.mean()), default=None)
+    if luck and found.random:
+        spread = luck.spread if luck.distinct > 1 else None
+        rows.append(
+            [
+                f"random, mean of {len(found.random)}",
+                str(_random_crossing(found)),
+                with_error(float(luck.average.mean()), spread),
+                "",
+                "",
+            ]
+        )
+        rows += [_row(c, None, found.kept) for c in found.random]
+    return Table(
+        title="What each order is worth",
+        columns=[
+            "Order",
+            f"{share(found.kept)} kept down to bits (± 1 error)",
+            "Mean KL",
+            "Against random",
+            "Layers, least important first",
+        ],
+        rows=rows,
+        best=best,
+        note="Mean KL: nats per token, averaged over the whole curve (area over average bits)."
+        " Its error holds for one order alone; orders are compared pairwise in the findings. For"
+        " the mean of random orders it is the spread between them.",
+    )
+
+
+def _row(curve: Curve, luck: Luck | None, kept: float) -> list[str]:
+    lucky = curves.against_random("", curve.name, curve.kl, luck) if luck else None
+    gap = f"{lucky.difference:+.2g} ± {lucky.stderr:.1g}" if lucky else ""
+    return [
+        curve.name,
+        str(crossing(curve, kept)),
+        with_error(*mean(curve.kl)),
+        gap,
+        curves.order_text(curve.ranked),
+    ]
+
+
+def _random_crossing(found: Found) -> Crossing:
+    lost = np.array([[g for g, _ in c.lost] for c in found.random])
+    spread = lost.std(0, ddof=1) if len(lost) > 1 else np.zeros(lost.shape[1])
+    bits = np.mean([c.bits for c in found.random], axis=0)
+    limit = -math.log(found.kept)
+    return curves.crossing(list(bits), list(lost.mean(0)), list(spread), limit)
+
+
+def points(found: Found) -> Table:
+    """KL at every step: one column an order."""
+    shown = found.all
+    rows = []
+    for i, first in enumerate(shown[0].cases):
+        at = [c.bits[i] for c in shown]
+        sizes = [c.cases[i].bytes for c in shown]
+        rows.append(
+            [
+                str(first.variant.step),
+                _range([f"{b:.3f}" for b in (max(at), min(at))]),
+                _range([human(s) for s in (max(sizes), min(sizes))]),
+                *(with_error(*c.cases[i].kl) for c in shown),
+            ]
+        )
+    return Table(
+        title="KL at every step, nats per token",
+        columns=["Layers moved", "Bits", "File", *(c.name for c in shown)],
+        rows=rows,
+        note="Bits: per weight of the layers' matrices, exact. Perplexities are in results.json and"
+        " in the chart.",
+    )
+
+
+def _range(ends: Sequence[str]) -> str:
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _labels(curve: Curve) -> list[str]:
+    return [f"{c.variant.step} layers" for c in curve.cases]
+
+
+def perplexity(found: Found, measured: Measured) -> Chart:
+    start = found.all[0].cases[0].perplexity
+
+    def rows(curve: Curve) -> list[tuple[float, float]]:
+        return [
+            (c.perplexity, c.perplexity * error)
+            for c, (_, error) in zip(curve.cases, curve.lost, strict=True)
+        ]
+
+    return Chart(
+        name="perplexity",
+        kind="lines",
+        title=f"Perplexity as layers go from {found.high} to {found.low}",
+        x="Average bits per weight of the layers",
+        y="Perplexity",
+        series=(series := _series(found, rows)),
+        marks=[
+            Mark(axis="y", at=start / found.kept, label=f"{share(found.kept)} kept"),
+            Mark(axis="y", at=measured.reference.perplexity, label="reference"),
+        ],
+        log_y=pictures.spans(series),
+        note=f"Errors are of the difference to all layers in {found.high}, on the same tokens; of"
+        " the random orders' mean: the standard deviation between them.",
+    )
+
+
+def kl(found: Found) -> Chart:
+    series = _series(found, lambda curve: [c.kl for c in curve.cases])
+    return Chart(
+        name="kl",
+        kind="lines",
+        title=f"KL as layers go from {found.high} to {found.low}",
+        x="Average bits per weight of the layers",
+        y="KL from the reference, nats per token",
+        series=series,
+        log_y=pictures.spans(series),
+    )
+
+
+def _series(found: Found, rows: Callable[[Curve], pictures.Rows]) -> list[Series]:
+    drawn = [pictures.line(c.name, c.bits, rows(c), _labels(c)) for c in found.scored]
+    if found.random:
+        bits = [c.bits for c in found.random]
+        drawn.append(pictures.band(RANDOM, bits, [rows(c) for c in found.random]))
+    return drawn

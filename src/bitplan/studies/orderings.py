@@ -1,0 +1,225 @@
+"""orderings: layers moved one by one to fewer bits, in the order that each scorer gives.
+
+Layers are ranked by importance; 0 to all of them, least important first, are stored in `--low`
+instead of `--high`. Perplexity and KL against average bits show what an order is worth, and three
+random orders show what chance is worth. The method of Variable Layerwise Quantization (section 3,
+figures 1, 2 and 6), with paired errors and exact bits, and with KL beside its criterion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pydantic import Field
+
+from bitplan import scorers
+from bitplan.artifacts import Record
+from bitplan.errors import UsageError
+from bitplan.reporting.wording import sig
+from bitplan.results import Chart, Finding, Story
+from bitplan.studies import Cases, Measured, Subject, Variant, curves, ordered, pictures
+from bitplan.studies.curves import Luck
+from bitplan.studies.ordered import RANDOM, Curve, Found
+
+MODELS = 1
+
+_TRIVIAL = (RANDOM, "position")
+"""Their importances are mere ranks: nothing to colour layers by."""
+
+
+class Options(Record):
+    high: str = Field("q4_k", description="Format that layers start in.")
+    low: str = Field("q2_k", description="Format that they are moved to.")
+    orders: str = Field(
+        "lim,zd,reverse:lim,random,position,kl",
+        description="Scorers that rank the layers, with commas; reverse:NAME turns one round.",
+    )
+    random_seeds: int = Field(3, description="How many random orders.")
+    outside: str = Field(
+        "", description="Format of embedding and output. [default: the high format]"
+    )
+    steps: int = Field(
+        0, description="Move so many layers at once. [default: 1, more beyond 48 layers]"
+    )
+    kept: float = Field(0.9, description="Share of the perplexity's inverse that is to be kept.")
+
+
+class Order(NamedTuple):
+    """One curve of the study."""
+
+    name: str
+    scorer: str
+    seed: int
+
+
+def orders(options: Options) -> list[Order]:
+    """The curves, random ones seed by seed. Raises UsageError, UnknownNameError."""
+    named = list(dict.fromkeys(n.strip() for n in options.orders.split(",") if n.strip()))
+    if not named:
+        raise UsageError("--orders names no scorer; try lim,random.")
+    for name in named:
+        scorers.get(name)
+    seeds = range(max(options.random_seeds, 1))
+    random = [Order(f"{RANDOM} {seed}", RANDOM, seed) for seed in seeds]
+    return [o for n in named for o in (random if n == RANDOM else [Order(n, n, 0)])]
+
+
+def variants(subject: Subject, options: Options) -> list[Variant]:
+    """Every order with every number of layers in the low format; ends are the same for all.
+
+    Raises UsageError for options that make no sense.
+    """
+    if options.steps < 0 or options.random_seeds < 1 or not 0 < options.kept < 1:
+        raise UsageError("--steps must not be negative, --random-seeds 1 or more, --kept in (0,1).")
+    return [v for order in orders(options) for v in _moved(subject, options, order)]
+
+
+def _moved(subject: Subject, options: Options, order: Order) -> list[Variant]:
+    ranked = curves.ranking(subject.importances(order.scorer, options.low, order.seed))
+    found = []
+    for count in curves.every(len(ranked), options.steps):
+        low = set(ranked[:count])
+        formats = {layer: options.low if layer in low else options.high for layer in ranked}
+        found.append(
+            Variant(
+                name=f"{order.name.replace(':', '-').replace(' ', '-')}_{count}",
+                title=f"{order.name}, {count} of {len(ranked)} layers in {options.low}",
+                types=curves.stored(subject, formats, options.outside or options.high),
+                series=order.name,
+                step=count,
+            )
+        )
+    return found
+
+
+# --- what was found ---------------------------------------------------------------------------
+
+
+def _found(measured: Measured, options: Options) -> Found:
+    both: tuple[list[Curve], list[Curve]] = ([], [])
+    for order in orders(options):
+        importances = measured.subject.importances(order.scorer, options.low, order.seed)
+        cases = measured.series(order.name)
+        bits = [curves.case_bits(measured.subject, c) for c in cases]
+        both[order.scorer == RANDOM].append(
+            Curve(
+                order.name, curves.ranking(importances), curves.tied(importances), cases, bits,
+                curves.averaged(bits, cases),
+            )
+        )  # fmt: skip
+    return Found(*both, options.high, options.low, options.kept)
+
+
+def story(cases: Cases, options: Options) -> Story:
+    measured = cases.only
+    found = _found(measured, options)
+    return Story(
+        headline=_headline(found),
+        findings=_findings(found),
+        tables=[ordered.summary(found), ordered.points(found)],
+        charts=[
+            ordered.perplexity(found, measured),
+            ordered.kl(found),
+            *_layers(measured, options),
+        ],
+        notes=_notes(measured, options),
+    )
+
+
+def _headline(found: Found) -> str:
+    ranked = sorted(found.scored, key=lambda c: float(c.kl.mean()))
+    told = [f"{c.name} {sig(float(c.kl.mean()))}" for c in ranked]
+    luck = found.luck
+    if luck:
+        error = f" ± {sig(luck.spread, 2)}" if luck.distinct > 1 else ""
+        told.append(f"random orders {sig(float(luck.average.mean()))}{error}")
+    text = f"Mean KL from {found.high} to {found.low}, by order: {', '.join(told)}."
+    return f"{text} {_verdicts(ranked, luck)}" if luck and luck.distinct > 1 and ranked else text
+
+
+def _verdicts(ranked: Sequence[Curve], luck: Luck) -> str:
+    """`Better than chance: kl; not told from chance: lim, zd.`"""
+    groups: dict[str, list[str]] = {}
+    for curve in ranked:
+        finding = curves.against_random("", curve.name, curve.kl, luck)
+        verdict = "not told from chance"
+        if finding.shown:
+            verdict = f"{'better' if (finding.difference or 0) < 0 else 'worse'} than chance"
+        groups.setdefault(verdict, []).append(curve.name)
+    told = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in groups.items())
+    return f"{told[:1].upper()}{told[1:]}."
+
+
+def _findings(found: Found) -> list[Finding]:
+    lucky, luck = [], found.luck
+    if luck:
+        lucky = [
+            curves.against_random(f"{c.name} against random", c.name, c.kl, luck)
+            for c in found.scored
+        ]
+    pairs = [
+        curves.against(f"{a.name} against {b.name}", a.name, a.kl, b.name, b.kl)
+        for a, b in _pairs(found.scored)
+    ]
+    return [*lucky, *pairs, _kept(found), *_ties(found)]
+
+
+def _pairs(scored: Sequence[Curve]) -> list[tuple[Curve, Curve]]:
+    """The first order against each other one, and each against its own reverse."""
+    by_name = {c.name: c for c in scored}
+    first = [(scored[0], c) for c in scored[1:]]
+    turned = [(c, by_name.get(f"reverse:{c.name}")) for c in scored[1:]]
+    return first + [(a, b) for a, b in turned if b is not None]
+
+
+def _kept(found: Found) -> Finding:
+    """How far down each order keeps the wanted share of the perplexity."""
+    told = [(c.name, ordered.crossing(c, found.kept)) for c in found.all]
+    crossed = sorted((w.bits, n, w) for n, w in told if w.bits is not None)
+    never = [name for name, where in told if where.bits is None]
+    share = ordered.share(found.kept)
+    text = f"Kept: perplexity with all layers in {found.high} / perplexity."
+    if crossed:
+        text += f" {share} are kept down to this many bits (one standard error either way): "
+        text += ", ".join(f"{n} {w}{' and back' if w.returns else ''}" for _, n, w in crossed) + "."
+    if never:
+        bottom = min(c.bits[-1] for c in found.all)
+        text += f" Never below {share}, down to {bottom:.2f} bits: {', '.join(never)}."
+        text += " A larger --kept shows where smaller losses begin."
+    return Finding(title=f"What keeps {share}", text=text)
+
+
+def _ties(found: Found) -> list[Finding]:
+    tied = [(c.name, group) for c in found.scored for group in c.ties]
+    if not tied:
+        return []
+    told = "; ".join(f"{name}: layers {', '.join(map(str, group))}" for name, group in tied)
+    text = (
+        f"{told}. Equal importance; among them the last layer goes first, by no merit of its own."
+    )
+    return [Finding(title="Ties", text=text)]
+
+
+def _layers(measured: Measured, options: Options) -> list[Chart]:
+    """Layers coloured by importance, for each scorer; a reversed order shows nothing new."""
+    named = [o.scorer for o in orders(options) if o.scorer not in _TRIVIAL]
+    plain = dict.fromkeys(n.removeprefix("reverse:") for n in named)
+    return [
+        pictures.layers(
+            name, measured.subject.importances(name, options.low), scorers.get(name)[0].DAMAGE_UNIT
+        )
+        for name in plain
+        if name not in _TRIVIAL
+    ]
+
+
+def _notes(measured: Measured, options: Options) -> list[str]:
+    o, outside = options, options.outside or options.high
+    return [
+        f"Embedding and output stay in {outside} in every variant. Average bits count the layers'"
+        " matrices with all block scales; the file's size counts everything.",
+        "Kept is measured by perplexity; the paper that proposed these orders used task accuracy.",
+        "Importances were measured on the calibration text, the figures here on other text.",
+        *curves.fallbacks(measured.subject, [o.high, o.low, outside]),
+    ]
