@@ -1,0 +1,339 @@
+"""pruning: layers left out, against twice as many layers stored in half the bits.
+
+Layers go in the order that a scorer gives, least important first: either they are removed, or more
+of them are stored in `--low` instead of `--high`. Both are compared at equal bytes, with paired
+errors, and the study says where the two curves cross. Section 6.1 and appendix A.1 of Variable
+Layerwise Quantization, in exact bytes; `position` removes from the top, as Gromov et al. (2024) do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from pydantic import Field
+
+from bitplan import scorers
+from bitplan.artifacts import Record
+from bitplan.budget import human
+from bitplan.errors import UsageError
+from bitplan.metrics import mean
+from bitplan.reporting.wording import percent, with_error
+from bitplan.results import Chart, Finding, Mark, Point, Series, Story, Table
+from bitplan.studies import Case, Cases, Measured, Subject, Variant, curves, equal_bytes
+from bitplan.studies.equal_bytes import Floats, Gap
+
+MODELS = 1
+
+
+class Options(Record):
+    high: str = Field("q8_0", description="Format of the layers that stay.")
+    low: str = Field("q4_k", description="Format that layers are moved to, instead of removal.")
+    orders: str = Field(
+        "lim,position",
+        description="Scorers that rank the layers, with commas; position goes from the top.",
+    )
+    outside: str = Field(
+        "", description="Format of embedding and output. [default: the high format]"
+    )
+    steps: int = Field(
+        0, description="Move so many layers at once. [default: 1, more beyond 48 layers]"
+    )
+
+
+def variants(subject: Subject, options: Options) -> list[Variant]:
+    """Each order twice: 0 to all layers moved to `low`, and 0 to half of them removed.
+
+    Raises UsageError for options that make no sense.
+    """
+    if options.steps < 0:
+        raise UsageError("--steps must not be negative.")
+    if len(subject.layers) < 2:
+        raise UsageError("the model has a single layer: none can be removed.")
+    found = []
+    for order in _orders(options):
+        ranked = curves.ranking(subject.importances(order, options.low))
+        counts = curves.every(len(ranked), options.steps)
+        found += [_moved(subject, options, order, ranked, n) for n in counts]
+        halves = sorted({n // 2 for n in counts})
+        found += [_removed(subject, options, order, ranked, n) for n in halves]
+    return found
+
+
+def _orders(options: Options) -> list[str]:
+    named = list(dict.fromkeys(n.strip() for n in options.orders.split(",") if n.strip()))
+    if not named:
+        raise UsageError("--orders names no scorer; try lim,position.")
+    for name in named:
+        scorers.get(name)
+    return named
+
+
+def _moved(
+    subject: Subject, options: Options, order: str, ranked: Sequence[int], count: int
+) -> Variant:
+    low = set(ranked[:count])
+    formats = {layer: options.low if layer in low else options.high for layer in ranked}
+    return Variant(
+        name=f"quantize-{order.replace(':', '-')}_{count}",
+        title=f"{count} of {len(ranked)} layers in {options.low} by {order}",
+        types=curves.stored(subject, formats, options.outside or options.high),
+        series=_quantizing(order),
+        step=count,
+    )
+
+
+def _removed(
+    subject: Subject, options: Options, order: str, ranked: Sequence[int], count: int
+) -> Variant:
+    gone = tuple(sorted(ranked[:count]))
+    formats = {layer: options.high for layer in ranked if layer not in gone}
+    return Variant(
+        name=f"remove-{order.replace(':', '-')}_{count}",
+        title=f"{count} of {len(ranked)} layers removed by {order}",
+        types=curves.stored(subject, formats, options.outside or options.high),
+        series=_removing(order),
+        step=count,
+        removed=gone,
+    )
+
+
+def _quantizing(order: str) -> str:
+    return f"quantizing by {order}"
+
+
+def _removing(order: str) -> str:
+    return f"removing by {order}"
+
+
+# --- what was found ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Removing layers by one order against quantizing them by the same, or another, order."""
+
+    measured: Measured
+    removal: str
+    order: str
+
+    @property
+    def removing(self) -> str:
+        return _removing(self.removal)
+
+    @property
+    def quantizing(self) -> str:
+        return _quantizing(self.order)
+
+    @property
+    def name(self) -> str:
+        return f"{self.removing} against {self.quantizing}"
+
+    @cached_property
+    def curve(self) -> list[Case]:
+        return self.measured.series(self.quantizing)
+
+    @cached_property
+    def pairs(self) -> list[Case]:
+        """The models with layers removed whose size quantizing reaches too."""
+        found = (c for c in self.measured.series(self.removing) if c.variant.step)
+        return [c for c in found if equal_bytes.at(self.curve, c.bytes) is not None]
+
+    def differences(self, metric: str) -> list[Floats]:
+        """Removing less quantizing, token by token, at the bytes of each pair."""
+        return [
+            getattr(c.own, metric) - equal_bytes.at(self.curve, c.bytes, metric) for c in self.pairs
+        ]
+
+    def gaps(self, metric: str = "kl") -> list[Gap]:
+        return [
+            Gap(
+                case.bytes, curves.case_bits(self.measured.subject, case), *mean(values),
+                f"{_layers(case.variant.step)} removed, ",
+            )
+            for case, values in zip(self.pairs, self.differences(metric), strict=True)
+        ]  # fmt: skip
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" + ("s" if count != 1 else "")
+
+
+def duels(measured: Measured, options: Options) -> list[Duel]:
+    """Every order against itself; the others' removal also against quantizing by the first."""
+    named = _orders(options)
+    same = [Duel(measured, o, o) for o in named]
+    return same + [Duel(measured, o, named[0]) for o in named[1:]]
+
+
+def story(cases: Cases, options: Options) -> Story:
+    measured = cases.only
+    found = duels(measured, options)
+    lines = [(d.name, d.gaps()) for d in found]
+    return Story(
+        headline=_headline(found[0], options),
+        findings=[*(_finding(d) for d in found), *_removals(measured, options)],
+        tables=[_pairs(found, options)],
+        charts=[
+            *_charts(measured, options),
+            equal_bytes.chart(
+                "What removing layers loses beyond quantizing, at equal bytes",
+                lines,
+                "KL(removing) - KL(quantizing), nats per token",
+            ),
+        ],
+        notes=_notes(measured, options),
+    )
+
+
+def _headline(duel: Duel, options: Options) -> str:
+    told = equal_bytes.verdict(duel.gaps(), duel.removing, duel.quantizing)
+    return f"From {options.high} to {options.low}, in KL at equal bytes: {told}"
+
+
+def _finding(duel: Duel) -> Finding:
+    """One duel over its whole range; the difference is the mean over the sizes compared."""
+    kl, nll = duel.gaps("kl"), duel.gaps("nll")
+    text = f"KL: {equal_bytes.verdict(kl, duel.removing, duel.quantizing)}"
+    if not kl:
+        return Finding(title=duel.name, text=text)
+    if [g.side for g in kl] == [g.side for g in nll]:
+        text += " Perplexity says the same at every size."
+    else:
+        text += f" Log perplexity: {equal_bytes.verdict(nll, duel.removing, duel.quantizing)}"
+    gap, error = mean(np.mean(duel.differences("kl"), axis=0))
+    shown = abs(gap) > 2 * error
+    text += f" On average over these sizes removing {'costs' if gap > 0 else 'saves'} "
+    text += (
+        f"{with_error(abs(gap), error)} more than quantizing"
+        if gap > 0
+        else (f"{with_error(abs(gap), error)}")
+    )
+    text += "." if shown else ", which is within its error."
+    return Finding(
+        title=duel.name[:1].upper() + duel.name[1:],
+        text=text, difference=gap, stderr=error, unit="nats/token", shown=shown,
+    )  # fmt: skip
+
+
+def _removals(measured: Measured, options: Options) -> list[Finding]:
+    """Whether the order matters to what is removed: the first against each other one."""
+    first, *others = _orders(options)
+    own = measured.series(_removing(first))
+    bits = [curves.case_bits(measured.subject, c) for c in own]
+    found = []
+    for order in others:
+        other = measured.series(_removing(order))
+        axis = [curves.case_bits(measured.subject, c) for c in other]
+        found.append(
+            curves.against(
+                f"Which layers to remove: {first} or {order}",
+                _removing(first).capitalize(), curves.averaged(bits, own),
+                _removing(order), curves.averaged(axis, other),
+            )
+        )  # fmt: skip
+    return found
+
+
+# --- tables and charts ------------------------------------------------------------------------
+
+
+def _pairs(found: Sequence[Duel], options: Options) -> Table:
+    rows = [row for duel in found for row in _rows(duel)]
+    return Table(
+        title="Removing against quantizing, at equal bytes",
+        columns=[
+            "Removed by", "Layers", "Bytes", "KL", "Perplexity", "Quantized by",
+            f"In {options.low}", "Bytes", "KL", "Perplexity", "KL more, at equal bytes",
+            "Loses less",
+        ],
+        rows=rows,
+        note="The quantized model on the right is the largest that is no larger than the one on the"
+        " left. The difference is taken at exactly the left one's bytes, on the same tokens:"
+        " quantizing is read between its two nearest points there.",
+    )  # fmt: skip
+
+
+def _rows(duel: Duel) -> list[list[str]]:
+    rows = []
+    for case, gap in zip(duel.pairs, duel.gaps(), strict=True):
+        real = equal_bytes.not_larger(duel.curve, case.bytes)
+        assert real is not None  # a pair lies within the curve
+        rows.append(
+            [
+                duel.removal, *_cells(case), duel.order, *_cells(real),
+                with_error(gap.value, gap.error),
+                {1: "quantizing", -1: "removing", 0: "no difference measured"}[gap.side],
+            ]
+        )  # fmt: skip
+    return rows
+
+
+def _cells(case: Case) -> list[str]:
+    return [
+        str(case.variant.step), f"{case.bytes:,}", with_error(*case.kl),
+        with_error(case.perplexity, case.perplexity_error),
+    ]  # fmt: skip
+
+
+def _charts(measured: Measured, options: Options) -> list[Chart]:
+    names = [n for o in _orders(options) for n in (_quantizing(o), _removing(o))]
+    drawn = {n: measured.series(n) for n in names}
+    scale, unit = equal_bytes.unit([c.bytes for own in drawn.values() for c in own])
+
+    def lines(perplexity: bool) -> list[Series]:
+        return [
+            Series(
+                name=name,
+                points=[
+                    Point(
+                        x=c.bytes / scale,
+                        y=c.perplexity if perplexity else c.kl[0],
+                        error=c.perplexity_error if perplexity else c.kl[1],
+                        label=c.title,
+                        detail=f"{c.bytes:,} bytes",
+                    )
+                    for c in own
+                ],
+            )
+            for name, own in drawn.items()
+        ]
+
+    title = f"layers removed, or moved from {options.high} to {options.low}"
+    axis = f"File size, {unit}"
+    return [
+        Chart(
+            name="perplexity", kind="lines", title=f"Perplexity: {title}", x=axis, y="Perplexity",
+            series=lines(True), log_y=True,
+            marks=[Mark(axis="y", at=measured.reference.perplexity, label="reference")],
+        ),
+        Chart(
+            name="kl", kind="lines", title=f"KL: {title}", x=axis,
+            y="KL from the reference, nats per token", series=lines(False), log_y=True,
+        ),
+    ]  # fmt: skip
+
+
+def _notes(measured: Measured, options: Options) -> list[str]:
+    outside = options.outside or options.high
+    subject = measured.subject
+    high, low = (
+        curves.average_bits(subject, subject.everywhere(name))
+        for name in (options.high, options.low)
+    )
+    whole = measured.series(_quantizing(_orders(options)[0]))[-1]
+    return [
+        f"{options.high} takes {high:.2f} bits a weight in the layers, {options.low} {low:.2f}: a"
+        f" layer moved saves {percent(1 - low / high)} of a layer removed, so"
+        f" {high / max(high - low, 1e-9):.1f} layers are moved for each one removed, not two.",
+        f"All layers in {options.low} take {human(whole.bytes, exact=True)}; what removal makes"
+        " smaller than that has nothing to be compared with.",
+        f"Embedding and output stay in {outside} in every variant.",
+        "A removed layer also saves its share of the KV cache and of the time, which bytes of the"
+        " file do not show.",
+        "Layers are removed as they are, without the fine-tuning that Gromov et al. add to mend the"
+        " model.",
+        *curves.fallbacks(subject, [options.high, options.low, outside]),
+    ]
