@@ -1,12 +1,14 @@
 """`bitplan study`: one command per study, made from the study's own options; and own studies.
 
 Each file in `studies` becomes a command: its `Options` fields are options, its docstring the help.
-`bitplan study FILE.yaml MODEL` runs a study that the user wrote.
+`bitplan study FILE.yaml MODEL` runs a study that the user wrote (`cli_own`).
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -54,7 +56,15 @@ def common(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the variants and their bytes, measure nothing.")
     ] = False,
+    script: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the same as a shell script of llama-quantize and llama-perplexity.",
+            show_default=False,
+        ),
+    ] = None,
     out: o.Out = None,
+    fresh: o.Fresh = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -62,36 +72,56 @@ def common(
     """The options that every study has."""
 
 
-def run(name: str, models: list[str], options: Any, given: dict[str, Any]) -> None:
-    """Run a study with the values of `common`'s options."""
+def run(
+    name: str, models: Sequence[str], options: Any, given: dict[str, Any], label: str = ""
+) -> None:
+    """Run a study with the values of `common`'s options. label: its folder, unless `name`."""
     import contextlib
 
-    from bitplan import study, summary_study
+    from bitplan import script, study, summary_study
     from bitplan.subject import Setting, Subject
 
     quiet, as_json = given["quiet"], given["as_json"]
-    names = Setting.__dataclass_fields__
-    values = {k: v for k, v in given.items() if k in names}
+    values = {k: v for k, v in given.items() if k in Setting.__dataclass_fields__}
     values["eval_text"] = given["eval_text"] or given["text"]
     paths = [o.located(m) for m in models]
-    out = given["out"] or o.folder(None, paths[0]) / name
+    out, folders = places(given["out"], paths, label or name)
     with contextlib.ExitStack() as stack:
         report = stack.enter_context(console.progress(quiet or as_json))
         subjects = [
-            stack.enter_context(Subject(p, o.folder(given["out"], p), Setting(**values), report))
-            for p in paths
+            stack.enter_context(Subject(path, folder, Setting(**values), report))
+            for path, folder in zip(paths, folders, strict=True)
         ]
-        if given["dry_run"]:
+        if given["dry_run"] or given["script"]:
             rows = [study.listed(name, s, options) for s in subjects]
+        if given["script"]:
+            script.save(given["script"], subjects, rows)
+        if given["dry_run"]:
             console.show(
                 summary_study.of_listed(rows), summary_study.document(rows), as_json, quiet
             )
             return
-        result = study.run(name, subjects, options, out, files=given["files"], progress=report)
+        result = study.run(
+            name, subjects, options, out,
+            files=given["files"], fresh=given["fresh"], progress=report,
+        )  # fmt: skip
     console.show(summary_study.of_results(result, out), result.dumps(), as_json, quiet)
 
 
-def command_of(name: str) -> Any:
+def places(out: Path | None, models: Sequence[Path], label: str) -> tuple[Path, list[Path]]:
+    """Where the report goes, and what is measured of each model.
+
+    Measurements of one model are shared by its studies; two models never share a folder.
+    """
+    stems = [m.stem for m in models]
+    if len(set(stems)) < len(stems):
+        stems = [f"{i}-{s}" for i, s in enumerate(stems, 1)]
+    base = out or Path("bitplan-out")
+    folders = [out] if out and len(models) == 1 else [base / s for s in stems]
+    return out or base / "-".join(stems) / label, folders
+
+
+def command_of(name: str) -> Callable[..., None]:
     """A function whose signature is that of the study: models, its own options, the common ones."""
     from bitplan import studies
 
@@ -103,11 +133,10 @@ def command_of(name: str) -> Any:
         models = [given.pop("model")] + ([given.pop("other")] if module.MODELS > 1 else [])
         run(name, models, module.Options(**own), given)
 
+    first = {"model": o.Model} | ({"other": o.Other} if module.MODELS > 1 else {})
     kind = inspect.Parameter.KEYWORD_ONLY
-    models = [inspect.Parameter("model", kind, annotation=o.Model)]
-    if module.MODELS > 1:
-        models.append(inspect.Parameter("other", kind, annotation=o.Other))
-    own = [
+    own = [inspect.Parameter(key, kind, annotation=a) for key, a in first.items()]
+    own += [
         inspect.Parameter(
             key,
             kind,
@@ -116,11 +145,18 @@ def command_of(name: str) -> Any:
         )
         for key, field in fields.items()
     ]
+    return with_common(command, own, help_of(module))
+
+
+def with_common(
+    command: Callable[..., None], own: Sequence[inspect.Parameter], doc: str
+) -> Callable[..., None]:
+    """Give a command its own parameters and then those of every study."""
     shared = inspect.signature(common, eval_str=True).parameters.values()
-    every = [*models, *own, *(p.replace(kind=kind) for p in shared)]
+    every = [*own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared)]
     command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in every}
-    command.__doc__ = help_of(module)
+    command.__doc__ = doc
     return command
 
 
@@ -135,7 +171,8 @@ def add_all() -> None:
     from bitplan import studies
 
     for name in studies.names():
-        app.command(name)(command_of(name))
+        if name != OWN:
+            app.command(name)(command_of(name))
 
 
 add_all()

@@ -12,6 +12,8 @@ import hashlib
 import io
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,12 +60,13 @@ class Place:
     """Content hash of the reference."""
     imatrix: str
     threads: int
+    gpu_layers: int = 0
 
     def path(self, work: Work, chunk: Chunk) -> Path:
         key = {
             "model": self.model, "imatrix": self.imatrix, "threads": self.threads,
             "engine": engine_version(), "tokens": hashlib.sha256(chunk.tobytes()).hexdigest(),
-            "shape": chunk.shape, "types": dict(sorted(work.types.items())),
+            "shape": chunk.shape, "gpu": self.gpu_layers, "types": dict(sorted(work.types.items())),
             "zeroed": sorted(work.zeroed), "how": "file" if work.file else "swap",
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -80,28 +83,44 @@ def run(
 ) -> dict[str, Tokens]:
     """Token-level figures of each work, by name. The reference is the work without any types.
 
-    Raises ArtifactError when a measurement cannot be kept, UsageError for a file of another model.
+    Works that are the same but for their names are measured once. Raises ArtifactError when a
+    measurement cannot be kept or read, UsageError for a file of another model.
     """
-    done, total = 0, len(works) * len(windows)
+    distinct = {place.path(w, windows[:0]): w for w in works}.values()
+    done, total = 0, len(distinct) * len(windows)
     parts: dict[str, list[Tokens]] = {w.name: [] for w in works}
     try:
         for chunk in chunks(model, windows):
-            open_works = [w for w in works if not place.path(w, chunk).exists()]
-            done += (len(works) - len(open_works)) * len(chunk)
-            progress("resumed" if done else "variants", done, total)
+            todo = [w for w in distinct if not place.path(w, chunk).exists()]
+            done += (len(distinct) - len(todo)) * len(chunk)
+            progress("variants", done, total)
             model.hold({}, importance)
-            refs = _references(model, chunk) if open_works else []
-            for work in ordered(open_works):
-                with _running(model, work, importance) as running:
+            refs = _references(model, chunk) if todo else []
+            for work in ordered(todo):
+                progress(f"variants: {work.name}", done, total)
+                with _running(model, work, importance, place.gpu_layers) as running:
                     found = _tokens(running, refs, chunk)
                 _save(found, place.path(work, chunk))
                 done += len(chunk)
-                progress(work.name, done, total)
+                progress(f"variants: {work.name}", done, total)
+            size = chunk.shape[0] * (model.ctx - 1 - model.ctx // 2)
             for work in works:
-                parts[work.name].append(load(place.path(work, chunk)))
+                parts[work.name].append(load(place.path(work, chunk), size))
     finally:
         model.hold({}, importance)
     return {name: _joined(found) for name, found in parts.items()}
+
+
+def is_done(model: LlamaModel, work: Work, windows: Chunk, place: Place) -> bool:
+    """Whether nothing of it is left to measure."""
+    return all(place.path(work, chunk).exists() for chunk in chunks(model, windows))
+
+
+def forget(model: LlamaModel, works: Sequence[Work], windows: Chunk, place: Place) -> None:
+    """Delete what was measured of these works on these windows, and nothing else."""
+    for chunk in chunks(model, windows):
+        for work in works:
+            place.path(work, chunk).unlink(missing_ok=True)
 
 
 def chunks(model: LlamaModel, windows: Chunk) -> Iterator[Chunk]:
@@ -134,13 +153,17 @@ def _references(model: LlamaModel, chunk: Chunk) -> list[divergence.Reference]:
 
 @contextlib.contextmanager
 def _running(
-    model: LlamaModel, work: Work, importance: Mapping[str, npt.NDArray[np.float32]]
+    model: LlamaModel,
+    work: Work,
+    importance: Mapping[str, npt.NDArray[np.float32]],
+    gpu_layers: int,
 ) -> Iterator[LlamaModel]:
     if work.file is None:
         model.hold(work.assignment, importance)
         yield model
         return
-    with LlamaModel(work.file, ctx=model.ctx, threads=model.threads) as opened:
+    opened = LlamaModel(work.file, ctx=model.ctx, threads=model.threads, gpu_layers=gpu_layers)
+    with opened:
         if opened.n_vocab != model.n_vocab:
             raise UsageError(f"{work.file}: has another vocabulary than the reference.")
         yield opened
@@ -164,15 +187,21 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(*(np.concatenate([getattr(p, f) for p in parts]) for f in _FIGURES))
 
 
-def load(path: Path) -> Tokens:
-    """What an earlier or this run measured."""
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def load(path: Path, size: int) -> Tokens:
+    """What this or an earlier run measured: `size` figures of each kind."""
     try:
         with np.load(path, allow_pickle=False) as data:
-            return Tokens(*(data[f].astype(np.float64) for f in _FIGURES))
-    except (OSError, ValueError, KeyError) as error:
+            arrays = [data[f].astype(np.float64) for f in _FIGURES]
+        if any(a.shape != (size,) for a in arrays):
+            raise ValueError(f"not {size} figures")
+    except _DAMAGED as error:
         raise ArtifactError(
             f"{path}: is damaged ({error}); delete it, and it is measured again."
         ) from None
+    return Tokens(*arrays)
 
 
 def _save(tokens: Tokens, path: Path) -> None:

@@ -161,18 +161,20 @@ def collected(
     """
     from bitplan import imatrix
 
+    file, note = out / "imatrix.gguf", out / "imatrix.key"
     if path is not None:
         matrix = imatrix.read(path)
         imatrix.check(matrix, model.header)
+        note.unlink(missing_ok=True)  # it spoke of the matrix that this one replaces
         imatrix.write(matrix, _made(out) / "imatrix.gguf")
         return matrix
     key = f"{facts.sha256} {windows.facts.sha256}\n"
-    file, note = out / "imatrix.gguf", out / "imatrix.key"
     if file.exists() and note.exists() and note.read_text() == key:
         return imatrix.read(file)
     captured = model.capture(windows.tokens, ["second_moments"])
     about = windows.facts
     matrix = imatrix.from_captured(captured, about.source, about.windows, about.ctx)
+    note.unlink(missing_ok=True)
     imatrix.write(matrix, _made(out) / "imatrix.gguf")
     write_text(note, key)
     return matrix

@@ -17,7 +17,7 @@ from typing import Any
 from bitplan import measured, metrics, removal, studies
 from bitplan import report_study as report
 from bitplan.artifacts import Measurement, Origin, schema_of
-from bitplan.errors import UsageError
+from bitplan.errors import UsageError, WriteError
 from bitplan.measured import Work
 from bitplan.metrics import Tokens
 from bitplan.reporting.wording import ranges
@@ -71,25 +71,33 @@ def run(
     out: Path,
     *,
     files: bool = False,
+    fresh: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Results:
     """Measure all variants of a study and write OUT/results.json and its report.
 
-    Raises what the study, the models and the texts raise, before anything is measured.
+    files: also write and measure real files. fresh: measure again what is on disk already. Raises
+    what the study, the models and the texts raise, before anything is measured.
     """
     module = studies.get(name)
     plans = [listed(name, s, options) for s in subjects]
+    texts = [s.held_out.facts for s in subjects]
+    for subject, rows in zip(subjects, plans, strict=True):
+        _check(subject, rows)
     cases = Cases(
-        [_measured(s, rows, files, progress) for s, rows in zip(subjects, plans, strict=True)]
+        [
+            _measured(s, rows, files, fresh, progress)
+            for s, rows in zip(subjects, plans, strict=True)
+        ]
     )
     result = Results(
         schema=schema_of(Results),
         origin=_origin(subjects, files),
         study=name,
-        title=title(module),
+        title=getattr(options, "title", "") or title(module),
         options=options.model_dump(),
         models=[s.facts for s in subjects],
-        texts=[s.held_out.facts for s in subjects],
+        texts=texts,
         variants=[f for i, m in enumerate(cases.models) for f in _facts(m, i)],
         story=module.story(cases, options),
     )
@@ -121,89 +129,101 @@ def _origin(subjects: Sequence[Subject], files: bool) -> Origin:
     )
 
 
+def _check(subject: Subject, rows: Sequence[Listed]) -> None:
+    """What cannot be measured fails now: llama.cpp would end the process."""
+    for row in rows:
+        types = removal.kept(row.variant.types, row.variant.removed)
+        gguf.check_importance(types, subject.imatrix)
+
+
 def _measured(
-    subject: Subject, rows: Sequence[Listed], files: bool, progress: Progress
+    subject: Subject, rows: Sequence[Listed], files: bool, fresh: bool, progress: Progress
 ) -> Measured:
-    """Every variant of one model; those with the same content are measured once."""
-    works = {_digest(r.variant): _work(subject, r.variant) for r in rows}
-    reference = Work(REFERENCE, {})
-    imatrix = subject.imatrix.hash() if subject.imatrix else ""
-    place = measured.Place(
-        subject.out / "measured", subject.facts.sha256, imatrix, subject.model.threads
-    )
-    windows = subject.held_out.tokens
-    found = measured.run(
-        subject.model, [reference, *works.values()], windows, subject.importance, place, progress
-    )
+    """Every variant of one model."""
+    windows, place = subject.held_out.tokens, _place(subject)
+    works = [Work(REFERENCE, {}), *(_work(subject, r.variant) for r in rows)]
+    by_file = [_file_work(subject, r.variant) for r in rows] if files else []
+    if fresh:
+        measured.forget(subject.model, [*works, *by_file], windows, place)
+    found = measured.run(subject.model, works, windows, subject.importance, place, progress)
     real: dict[str, Tokens] = {}
-    if files:
-        real = _by_file(subject, rows, place, progress)
+    for i, (row, work) in enumerate(zip(rows, by_file, strict=False)):
+        progress(f"files: {work.name}", i, len(rows))
+        real[work.name] = _of_file(subject, row, work, place, progress)
+        progress(f"files: {work.name}", i + 1, len(rows))
     own = _sized(subject, Variant(REFERENCE, {}, "Reference"))
     return Measured(
         subject,
         subject.held_out.facts,
         _case(own, found[REFERENCE], None),
-        {
-            r.variant.name: _case(
-                r, found[works[_digest(r.variant)].name], real.get(r.variant.name)
-            )
-            for r in rows
-        },
+        {n: _case(r, found[n], real.get(n)) for r in rows for n in [r.variant.name]},
     )
+
+
+def _place(subject: Subject) -> measured.Place:
+    return measured.Place(
+        subject.out / "measured",
+        subject.facts.sha256,
+        subject.imatrix.hash() if subject.imatrix else "",
+        subject.model.threads,
+        subject.setting.gpu_layers,
+    )
+
+
+def _types(subject: Subject, variant: Variant) -> dict[str, str]:
+    """What a variant really changes, so that two that are the same are measured once."""
+    own = {t.name: t.fmt.name for t in subject.header.tensors}
+    kept = removal.kept(variant.types, variant.removed)
+    return {t: f for t, f in kept.items() if own.get(t) != f}
 
 
 def _work(subject: Subject, variant: Variant) -> Work:
     gone = removal.zeroed(subject.header, variant.removed) if variant.removed else ()
-    return Work(variant.name, removal.kept(variant.types, variant.removed), gone)
+    return Work(variant.name, _types(subject, variant), gone)
 
 
-def _digest(variant: Variant) -> str:
-    """What a variant is, whatever it is called."""
-    content = [sorted(variant.types.items()), sorted(variant.removed)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _file_work(subject: Subject, variant: Variant) -> Work:
+    """The file is named by its content: names of variants are for people."""
+    types, removed = _types(subject, variant), tuple(map(str, sorted(variant.removed)))
+    digest = hashlib.sha256(json.dumps([sorted(types.items()), removed]).encode()).hexdigest()
+    return Work(variant.name, types, removed, subject.out / "files" / f"{digest}.gguf")
 
 
 def _case(row: Listed, tokens: Tokens, real: Tokens | None) -> Case:
     return Case(row.variant, row.bytes, row.tensor_bytes, row.bpw, tokens, real)
 
 
-def _by_file(
-    subject: Subject, rows: Sequence[Listed], place: measured.Place, progress: Progress
-) -> dict[str, Tokens]:
-    """The same from really quantized files, one at a time, each deleted once it is measured."""
-    found: dict[str, Tokens] = {}
-    by_content: dict[str, Tokens] = {}
-    for row in rows:
-        digest = _digest(row.variant)
-        if digest not in by_content:
-            by_content[digest] = _of_file(subject, row, digest, place, progress)
-        found[row.variant.name] = by_content[digest]
-    return found
-
-
 def _of_file(
-    subject: Subject, row: Listed, digest: str, place: measured.Place, progress: Progress
+    subject: Subject, row: Listed, work: Work, place: measured.Place, progress: Progress
 ) -> Tokens:
-    file = subject.out / "files" / f"{row.variant.name.replace('/', '-')}.gguf"
-    work = Work(row.variant.name, row.variant.types, tuple(map(str, row.variant.removed)), file)
+    """The same of a really quantized file, which is deleted once it is measured."""
+    assert work.file is not None
     windows = subject.held_out.tokens
-    parts = measured.chunks(subject.model, windows)
-    if not all(place.path(work, chunk).exists() for chunk in parts):
-        gguf.write(
-            subject.header,
-            row.variant.types,
-            file,
-            plan_hash=digest,
-            matrix=subject.matrix,
-            threads=subject.model.threads,
-            allow_requantize=True,
-            removed=row.variant.removed,
-            progress=progress,
-        )
     try:
-        return measured.run(subject.model, [work], windows, {}, place, progress)[work.name]
+        if not measured.is_done(subject.model, work, windows, place):
+            _write(subject, row, work.file, progress)
+        return measured.run(subject.model, [work], windows, {}, place)[work.name]
     finally:
-        file.unlink(missing_ok=True)
+        work.file.unlink(missing_ok=True)
+
+
+def _write(subject: Subject, row: Listed, file: Path, progress: Progress) -> None:
+    gguf.write(
+        subject.header,
+        row.variant.types,
+        file,
+        plan_hash=file.stem,
+        matrix=subject.matrix,
+        threads=subject.model.threads,
+        allow_requantize=True,
+        removed=row.variant.removed,
+        progress=progress,
+    )
+    if (row.variant.types or row.variant.removed) and file.stat().st_size != row.bytes:
+        raise WriteError(
+            f"{row.variant.name}: its file has {file.stat().st_size:,} bytes, {row.bytes:,} were"
+            " predicted; please report this."
+        )
 
 
 def _facts(model: Measured, index: int) -> list[VariantFacts]:

@@ -26,7 +26,7 @@ from bitplan import (
     units,
 )
 from bitplan.artifacts import ModelFacts, Sensitivity
-from bitplan.errors import UnknownNameError
+from bitplan.errors import UnknownNameError, UsageError
 from bitplan.gguf_file import Header
 from bitplan.imatrix import Imatrix
 from bitplan.measure import Progress
@@ -49,6 +49,8 @@ class Setting:
     gpu_layers: int = 0
     seed: int = 0
     threads: int = 0
+    fresh: bool = False
+    """Discard what an earlier run measured."""
 
 
 @dataclass
@@ -60,6 +62,8 @@ class Subject:
     setting: Setting = field(default_factory=Setting)
     progress: Progress = lambda *_: None
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _renewed: set[Path] = field(default_factory=set)
+    """With `fresh`: folders that this run has begun anew."""
 
     def __enter__(self) -> Subject:
         return self
@@ -132,9 +136,20 @@ class Subject:
     def held_out(self) -> Windows:
         """What figures are measured on: never what calibration saw."""
         s = self.setting
-        both = set(s.text or []) & set(s.eval_text or []) - {"builtin", "wikitext2"}
-        skip = max(s.windows, s.imatrix_windows) if both else 0
-        return options.cut(self.model, s.eval_text, "evaluation", s.eval_windows, skip=skip)
+        return options.cut(self.model, s.eval_text, "evaluation", s.eval_windows, skip=self.skipped)
+
+    @property
+    def skipped(self) -> int:
+        """Windows of the evaluation text that calibration saw. Raises UsageError when all are."""
+        s = self.setting
+        if not _files(s.text) & _files(s.eval_text):
+            return 0
+        if not s.windows:
+            raise UsageError(
+                "--windows 0 calibrates on the whole text, so none is left for the figures; name"
+                " another with --eval-text."
+            )
+        return max(s.windows, s.imatrix_windows)
 
     @cached_property
     def imatrix(self) -> Imatrix | None:
@@ -143,6 +158,8 @@ class Subject:
         if s.no_imatrix:
             return None
         windows = options.cut(self.model, s.text, "calibration", s.imatrix_windows)
+        if s.fresh:
+            (self.out / "imatrix.key").unlink(missing_ok=True)
         return options.collected(self.model, self.facts, s.imatrix, windows, self.out)
 
     @property
@@ -160,6 +177,8 @@ class Subject:
             [formats.get(low)], scorer, "layer", [formats.get(low)], seed=seed
         )
         folder = self.out / "scores" / f"{scorer.replace(':', '-')}-{low}-{seed}"
+        fresh = self.setting.fresh and folder not in self._renewed
+        self._renewed.add(folder)
         return measure.run(
             self.model,
             self.calibration,
@@ -167,6 +186,7 @@ class Subject:
             folder,
             facts=self.facts,
             imatrix=self.imatrix,
+            fresh=fresh,
             progress=self.progress,
         )
 
@@ -182,3 +202,8 @@ class Subject:
             if layer is not None:
                 found[layer] = cell.damage
         return found
+
+
+def _files(sources: list[str] | None) -> set[Path]:
+    """The files among the texts; `builtin` and `wikitext2` have parts of their own."""
+    return {Path(s).resolve() for s in sources or [] if s not in ("builtin", "wikitext2")}

@@ -1,0 +1,189 @@
+"""`own`: a study of your own, from a YAML file that names variants by rules.
+
+`bitplan study my.yaml MODEL` measures the variants that the file describes: a base, and rules on
+layers, roles, modules, embedding and output. `--check` only says whether every rule matches, with a
+model, or whether the file is sound, without one; `bitplan study own --schema` prints its schema.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from bitplan import formats, selection
+from bitplan.budget import human
+from bitplan.errors import UsageError
+from bitplan.located import Where
+from bitplan.own_study import Options, Rule
+from bitplan.reporting.wording import sig, with_error
+from bitplan.results import Chart, Point, Series, Story, Table
+from bitplan.studies import Case, Cases, Measured, Subject, Variant, compared, difference
+from bitplan.units import Unit
+
+MODELS = 1
+_MIB = 2**20
+
+
+def variants(subject: Subject, options: Options) -> list[Variant]:
+    """Raises UsageError, with the line, for a rule that does not match this model."""
+    return [_variant(subject, options, i) for i in range(len(options.variants))]
+
+
+def _variant(subject: Subject, options: Options, index: int) -> Variant:
+    own = options.variants[index]
+    where: Where = ("variants", index)
+    base = own.base or options.base
+    types = subject.base(base) if base else {}
+    for i, rule in enumerate(own.rules):
+        fmt = formats.get(rule.format)
+        for unit in _matched(subject, options, rule, (*where, "rules", i)):
+            types |= {t: f.name for t, f in unit.types(fmt).items()}
+    removed: list[int] = []
+    if own.remove:
+        place = (*where, "remove")
+        removed = _named(subject, options, own.remove, place)
+        if len(removed) == len(subject.layers):
+            raise options.error(place, "removes every layer; keep one.")
+    return Variant(own.name, types, own.title, own.series, index, tuple(removed))
+
+
+def _matched(subject: Subject, options: Options, rule: Rule, where: Where) -> list[Unit]:
+    """The units that all selectors of a rule name."""
+    found = list(subject.units)
+    narrow: list[tuple[str, Callable[[list[Unit], str], list[Unit]], Sequence[str] | None]] = [
+        ("outside", selection.outside, rule.outside),
+        ("modules", selection.by_module, rule.modules),
+        ("roles", selection.by_roles, rule.roles),
+    ]
+    for key, select, asked in narrow:
+        if asked:
+            names: set[str] = set()
+            for i, word in enumerate(asked):
+                try:
+                    names |= {u.name for u in select(list(subject.units), word)}
+                except UsageError as error:
+                    raise options.error((*where, key, i), str(error)) from None
+            found = [u for u in found if u.name in names]
+    if rule.layers:
+        wanted = _named(subject, options, rule.layers, (*where, "layers"))
+        found = [u for u in found if u.layer in wanted]
+    if not found:
+        raise options.error(where, "matches nothing: no tensor is all that this rule names.")
+    return found
+
+
+def _named(
+    subject: Subject, options: Options, terms: Sequence[int | str], where: Where
+) -> list[int]:
+    found: set[int] = set()
+    for i, term in enumerate(terms):
+        try:
+            found |= set(selection.layers([term], subject.layers))
+        except UsageError as error:
+            raise options.error((*where, i), str(error)) from None
+    return sorted(found)
+
+
+# --- the story ---------------------------------------------------------------------------------
+
+
+def story(cases: Cases, options: Options) -> Story:
+    measured = cases.only
+    every = list(measured.cases.values())
+    by_name = {**measured.cases, measured.reference.variant.name: measured.reference}
+    best = min(every, key=lambda c: c.kl[0])
+    return Story(
+        headline=_headline(every, best),
+        findings=[
+            compared(f"{a} against {b}", by_name[a], by_name[b]) for a, b in options.comparisons
+        ],
+        tables=[_table(measured, every, best)],
+        charts=[_bars(every), _scatter(every)],
+    )
+
+
+def _headline(every: list[Case], best: Case) -> str:
+    text = f"{best.title} loses least: KL {with_error(*best.kl)} nats per token in"
+    text += f" {human(best.bytes)}"
+    first = every[0]
+    rivals = [c for c in every if c.bytes <= first.bytes]
+    winner = min(rivals, key=lambda c: c.kl[0])
+    if winner in (first, best):
+        return text + "."
+    return f"{text}; {winner.title} loses least at no more than {first.title}'s size."
+
+
+def _table(measured: Measured, every: list[Case], best: Case) -> Table:
+    first = every[0]
+    return Table(
+        title="Variants",
+        columns=[
+            "Variant", "Size", "Bits per weight", "Perplexity", "Change", "KL",
+            f"KL won per MiB against {first.title}",
+        ],
+        rows=[_row(case, first, measured.reference) for case in every],
+        note="Change of perplexity against the reference, and KL won, on the same tokens; ± is one"
+        " standard error.",
+        best=every.index(best),
+    )  # fmt: skip
+
+
+def _row(case: Case, first: Case, reference: Case) -> list[str]:
+    gap, error = difference(case, reference, "nll")
+    change = math.expm1(gap)
+    return [
+        case.title,
+        human(case.bytes),
+        f"{case.bpw:.3f}",
+        with_error(case.perplexity, case.perplexity_error),
+        f"{100 * change:+.2f} ± {100 * (1 + change) * error:.2f} %",
+        with_error(*case.kl),
+        _won(case, first),
+    ]
+
+
+def _won(case: Case, first: Case) -> str:
+    """What each MiB more buys, or each MiB less costs."""
+    extra = (case.bytes - first.bytes) / _MIB
+    if not extra:
+        return "-"
+    gap, error = difference(first, case, "kl")
+    return with_error(gap / extra, error / abs(extra))
+
+
+def _bars(every: list[Case]) -> Chart:
+    points = [Point(x=i, y=c.kl[0], error=c.kl[1], label=c.title) for i, c in enumerate(every)]
+    return Chart(
+        name="variants",
+        kind="bars",
+        title="What each variant loses",
+        x="KL, nats per token",
+        y="Variant",
+        series=[Series(name="KL", points=points)],
+        baseline=0.0,
+    )
+
+
+def _scatter(every: list[Case]) -> Chart:
+    names = list(dict.fromkeys(c.variant.series for c in every))
+    return Chart(
+        name="size-kl",
+        kind="scatter",
+        title="Size against loss",
+        x="Size, MiB",
+        y="KL, nats per token",
+        series=[
+            Series(
+                name=name or "variants",
+                points=[_point(c) for c in every if c.variant.series == name],
+                style="points",
+            )
+            for name in names
+        ],
+    )
+
+
+def _point(case: Case) -> Point:
+    value, error = case.kl
+    detail = f"{case.bpw:.2f} bits per weight, perplexity {sig(case.perplexity, 5)}"
+    return Point(x=case.bytes / _MIB, y=value, error=error, label=case.title, detail=detail)
