@@ -97,9 +97,9 @@ def crossings(gaps: Sequence[Gap]) -> list[Crossing]:
 
 def verdict(gaps: Sequence[Gap], first: str, second: str, unit: str = "nats per token") -> str:
     """Who loses less at which sizes, by how much, and where the curves cross; or that none was
-    told. first, second: what the curves are called, lower case."""
+    told. first, second: what the curves are called."""
     if not gaps:
-        return f"{first} and {second} have no size in common.".capitalize()
+        return f"{first} and {second} have no size in common."
     parts = [
         f"{winner} loses less than {loser} at {_share(len(own), len(gaps))}: lower by"
         f" {_ends(own)} {unit}"
@@ -109,8 +109,7 @@ def verdict(gaps: Sequence[Gap], first: str, second: str, unit: str = "nats per 
     unsure = [g for g in gaps if not g.side]
     if unsure:
         parts.append(f"no difference measured at {_share(len(unsure), len(gaps))}: {_ends(unsure)}")
-    told = ". ".join(p[:1].upper() + p[1:] for p in parts)
-    return f"{told}. {meeting(gaps)}"
+    return f"{'; '.join(parts)}. {meeting(gaps)}"
 
 
 def _share(count: int, total: int) -> str:

@@ -20,7 +20,7 @@ from bitplan.artifacts import Record
 from bitplan.budget import human
 from bitplan.errors import UsageError
 from bitplan.metrics import mean
-from bitplan.reporting.wording import percent, with_error
+from bitplan.reporting.wording import percent, sig, with_error
 from bitplan.results import Chart, Finding, Mark, Point, Series, Story, Table
 from bitplan.studies import Case, Cases, Measured, Subject, Variant, curves, equal_bytes
 from bitplan.studies.equal_bytes import Floats, Gap
@@ -171,7 +171,7 @@ def duels(measured: Measured, options: Options) -> list[Duel]:
 def story(cases: Cases, options: Options) -> Story:
     measured = cases.only
     found = duels(measured, options)
-    lines = [(d.name, d.gaps()) for d in found]
+    lines = [(f"by {d.order}", d.gaps()) for d in found if d.removal == d.order]
     return Story(
         headline=_headline(found[0], options),
         findings=[*(_finding(d) for d in found), *_removals(measured, options)],
@@ -205,13 +205,12 @@ def _finding(duel: Duel) -> Finding:
         text += f" Log perplexity: {equal_bytes.verdict(nll, duel.removing, duel.quantizing)}"
     gap, error = mean(np.mean(duel.differences("kl"), axis=0))
     shown = abs(gap) > 2 * error
-    text += f" On average over these sizes removing {'costs' if gap > 0 else 'saves'} "
     text += (
-        f"{with_error(abs(gap), error)} more than quantizing"
-        if gap > 0
-        else (f"{with_error(abs(gap), error)}")
+        f" On average removing {'costs' if gap > 0 else 'saves'} {with_error(abs(gap), error)} nats"
+        " per token."
+        if shown
+        else f" On average no difference is measured: {with_error(gap, error)} nats per token."
     )
-    text += "." if shown else ", which is within its error."
     return Finding(
         title=duel.name[:1].upper() + duel.name[1:],
         text=text, difference=gap, stderr=error, unit="nats/token", shown=shown,
@@ -241,18 +240,17 @@ def _removals(measured: Measured, options: Options) -> list[Finding]:
 
 
 def _pairs(found: Sequence[Duel], options: Options) -> Table:
-    rows = [row for duel in found for row in _rows(duel)]
     return Table(
         title="Removing against quantizing, at equal bytes",
         columns=[
-            "Removed by", "Layers", "Bytes", "KL", "Perplexity", "Quantized by",
-            f"In {options.low}", "Bytes", "KL", "Perplexity", "KL more, at equal bytes",
-            "Loses less",
+            "Removed", "Bytes", "KL", f"In {options.low}", "Bytes", "KL", "Perplexities",
+            "KL more", "Loses less",
         ],
-        rows=rows,
-        note="The quantized model on the right is the largest that is no larger than the one on the"
-        " left. The difference is taken at exactly the left one's bytes, on the same tokens:"
-        " quantizing is read between its two nearest points there.",
+        rows=[row for duel in found if duel.removal == duel.order for row in _rows(duel)],
+        note="On the right of each row the largest quantized model that is no larger than the"
+        " pruned one on its left. KL more: what removing loses beyond quantizing, on the same"
+        " tokens and at exactly the left one's bytes, where quantizing is read between its two"
+        " nearest points.",
     )  # fmt: skip
 
 
@@ -263,19 +261,18 @@ def _rows(duel: Duel) -> list[list[str]]:
         assert real is not None  # a pair lies within the curve
         rows.append(
             [
-                duel.removal, *_cells(case), duel.order, *_cells(real),
+                f"{case.variant.step} by {duel.removal}", *_cells(case),
+                f"{real.variant.step} by {duel.order}", *_cells(real),
+                f"{sig(case.perplexity)} / {sig(real.perplexity)}",
                 with_error(gap.value, gap.error),
-                {1: "quantizing", -1: "removing", 0: "no difference measured"}[gap.side],
+                {1: "quantizing", -1: "removing", 0: "not told apart"}[gap.side],
             ]
         )  # fmt: skip
     return rows
 
 
 def _cells(case: Case) -> list[str]:
-    return [
-        str(case.variant.step), f"{case.bytes:,}", with_error(*case.kl),
-        with_error(case.perplexity, case.perplexity_error),
-    ]  # fmt: skip
+    return [f"{case.bytes:,}", sig(case.kl[0])]
 
 
 def _charts(measured: Measured, options: Options) -> list[Chart]:
