@@ -160,7 +160,7 @@ def names() -> list[str]:
     return sorted(n.replace("_", "-") for n in found if n not in _SHARED)
 
 
-_SHARED: tuple[str, ...] = ("curves", "equal_bytes", "ordered", "pictures")
+_SHARED: tuple[str, ...] = ("chance", "curves", "equal_bytes", "ordered", "pictures")
 """Files here that are no studies: what several of them share."""
 
 

@@ -217,63 +217,6 @@ def against(title: str, name: str, own: Floats, other_name: str, other: Floats) 
     )
 
 
-@dataclass(frozen=True)
-class Luck:
-    """What random orders give: their average curve, and how far single ones lie from it."""
-
-    average: Floats
-    """Token by token, the mean over the orders."""
-    means: tuple[float, ...]
-    """Mean over tokens of each order."""
-    distinct: int
-    """How many of the orders differ at all."""
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation between orders; NaN where fewer than two differ."""
-        return float(np.std(self.means, ddof=1)) if self.distinct > 1 else math.nan
-
-
-def luck(curves: Sequence[Floats]) -> Luck:
-    """curves: one for each random order, from `averaged`."""
-    means = tuple(float(c.mean()) for c in curves)
-    return Luck(np.mean(curves, axis=0), means, len(set(means)))
-
-
-def against_random(title: str, name: str, own: Floats, random: Luck) -> Finding:
-    """Whether an order does better than a random one would, beyond tokens' and orders' chance.
-
-    Two errors are combined: that of the tokens (paired), and that of drawing orders, which for one
-    more random order against the mean of n is spread x sqrt(1 + 1/n). At n = 3, twice this is about
-    what Student's t demands (4.3 x spread / sqrt(3)) to call the mean of all random orders
-    different.
-    """
-    gap, error = mean(own - random.average)
-    if random.distinct < 2:
-        return Finding(
-            title=title,
-            text=f"Not known: one random order is no measure of chance. {name}'s mean KL over the"
-            f" curve differs from its by {gap:+.2g} ± {error:.1g} nats per token.",
-            difference=gap, stderr=error, unit="nats/token",
-        )  # fmt: skip
-    count, spread = len(random.means), random.spread
-    beaten = sum(float(own.mean()) < m for m in random.means)
-    facts = (
-        f"mean KL over the curve {gap:+.2g} against the mean of {count} random orders (error of the"
-        f" tokens ± {error:.1g}, spread between the orders ± {spread:.1g} nats per token); it beats"
-        f" {beaten} of {count}."
-    )
-    both = math.hypot(error, spread * math.sqrt(1 + 1 / count))
-    shown = abs(gap) > 2 * both
-    verdict = f"{name} is {'better' if gap < 0 else 'worse'} than a random order"
-    text = (
-        f"{verdict}: {facts}" if shown else f"No difference measured from chance: {name}, {facts}"
-    )
-    return Finding(
-        title=title, text=text, difference=gap, stderr=both, unit="nats/token", shown=shown
-    )
-
-
 def order_text(layers: Sequence[int]) -> str:
     """`11–8, 3, 5`: an order with its runs drawn together, upwards or downwards."""
     runs: list[list[int]] = []

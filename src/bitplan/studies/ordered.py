@@ -14,10 +14,11 @@ import numpy as np
 
 from bitplan.budget import human
 from bitplan.metrics import mean
-from bitplan.reporting.wording import with_error
+from bitplan.reporting.wording import sig, with_error
 from bitplan.results import Chart, Mark, Series, Table
-from bitplan.studies import Case, Measured, curves, difference, pictures
-from bitplan.studies.curves import Crossing, Floats, Luck
+from bitplan.studies import Case, Measured, chance, curves, difference, pictures
+from bitplan.studies.chance import Luck
+from bitplan.studies.curves import Crossing, Floats
 
 RANDOM = "random"
 
@@ -53,7 +54,7 @@ class Found:
 
     @property
     def luck(self) -> Luck | None:
-        return curves.luck([c.kl for c in self.random]) if self.random else None
+        return chance.luck([c.kl for c in self.random]) if self.random else None
 
     @property
     def all(self) -> list[Curve]:
@@ -93,21 +94,24 @@ def summary(found: Found) -> Table:
         title="What each order is worth",
         columns=[
             "Order",
-            f"{share(found.kept)} kept down to bits (± 1 error)",
+            f"{share(found.kept)} kept to",
             "Mean KL",
             "Against random",
             "Layers, least important first",
         ],
         rows=rows,
         best=best,
-        note="Mean KL: nats per token, averaged over the whole curve (area over average bits)."
-        " Its error holds for one order alone; orders are compared pairwise in the findings. For"
-        " the mean of random orders it is the spread between them.",
+        note=f"{share(found.kept)} kept to: bits per weight where perplexity passes"
+        f" 1 / {found.kept:g} of its start, one standard error either way. Mean KL: nats per token,"
+        " averaged over the whole curve (area over average bits); its error holds for one order"
+        " alone, orders are compared pairwise in the findings. Against random: half of what would"
+        " be shown stands as error. The errors of the random orders' mean are the spread between"
+        " them.",
     )
 
 
 def _row(curve: Curve, luck: Luck | None, kept: float) -> list[str]:
-    lucky = curves.against_random("", curve.name, curve.kl, luck) if luck else None
+    lucky = chance.against_random("", curve.name, curve.kl, luck) if luck else None
     gap = f"{lucky.difference:+.2g} ± {lucky.stderr:.1g}" if lucky else ""
     return [
         curve.name,
@@ -161,6 +165,11 @@ def _labels(curve: Curve) -> list[str]:
 def perplexity(found: Found, measured: Measured) -> Chart:
     start = found.all[0].cases[0].perplexity
 
+    crossed = any(crossing(c, found.kept).bits is not None for c in found.all)
+    line = Mark(axis="y", at=start / found.kept, label=f"{share(found.kept)} kept")
+    marks = [line] if crossed else []  # far above all points it would only flatten them
+    where = "" if crossed else f" {line.label} would be at {sig(line.at)}, above all points."
+
     def rows(curve: Curve) -> list[tuple[float, float]]:
         return [
             (c.perplexity, c.perplexity * error)
@@ -174,13 +183,10 @@ def perplexity(found: Found, measured: Measured) -> Chart:
         x="Average bits per weight of the layers",
         y="Perplexity",
         series=(series := _series(found, rows)),
-        marks=[
-            Mark(axis="y", at=start / found.kept, label=f"{share(found.kept)} kept"),
-            Mark(axis="y", at=measured.reference.perplexity, label="reference"),
-        ],
+        marks=[Mark(axis="y", at=measured.reference.perplexity, label="reference"), *marks],
         log_y=pictures.spans(series),
         note=f"Errors are of the difference to all layers in {found.high}, on the same tokens; of"
-        " the random orders' mean: the standard deviation between them.",
+        " the random orders' mean: the standard deviation between them." + where,
     )
 
 

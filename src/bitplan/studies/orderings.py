@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from pydantic import Field
 
 from bitplan import scorers
@@ -18,8 +19,8 @@ from bitplan.artifacts import Record
 from bitplan.errors import UsageError
 from bitplan.reporting.wording import sig
 from bitplan.results import Chart, Finding, Story
-from bitplan.studies import Cases, Measured, Subject, Variant, curves, ordered, pictures
-from bitplan.studies.curves import Luck
+from bitplan.studies import Cases, Measured, Subject, Variant, chance, curves, ordered, pictures
+from bitplan.studies.chance import Luck
 from bitplan.studies.ordered import RANDOM, Curve, Found
 
 MODELS = 1
@@ -142,7 +143,7 @@ def _verdicts(ranked: Sequence[Curve], luck: Luck) -> str:
     """`Better than chance: kl; not told from chance: lim, zd.`"""
     groups: dict[str, list[str]] = {}
     for curve in ranked:
-        finding = curves.against_random("", curve.name, curve.kl, luck)
+        finding = chance.against_random("", curve.name, curve.kl, luck)
         verdict = "not told from chance"
         if finding.shown:
             verdict = f"{'better' if (finding.difference or 0) < 0 else 'worse'} than chance"
@@ -155,14 +156,29 @@ def _findings(found: Found) -> list[Finding]:
     lucky, luck = [], found.luck
     if luck:
         lucky = [
-            curves.against_random(f"{c.name} against random", c.name, c.kl, luck)
+            chance.against_random(f"{c.name} against random", c.name, c.kl, luck)
             for c in found.scored
         ]
     pairs = [
         curves.against(f"{a.name} against {b.name}", a.name, a.kl, b.name, b.kl)
         for a, b in _pairs(found.scored)
     ]
-    return [*lucky, *pairs, _kept(found), *_ties(found)]
+    return [*lucky, _among_all(found), *pairs, _kept(found), *_ties(found)]
+
+
+def _among_all(found: Found) -> Finding:
+    """Every order there is, inferred from what all measured variants cost."""
+    layers = sorted(found.all[0].ranked)
+    every = {
+        tuple(layer in c.ranked[: case.variant.step] for layer in layers): case.kl[0]
+        for c in found.all
+        for case in c.cases
+    }
+    model = chance.fitted(np.array(list(every)), np.array(list(every.values())))
+    first = found.all[0]
+    shares = chance.shares(first.bits, [c.variant.step for c in first.cases])
+    means = [(c.name, float(c.kl.mean())) for c in found.all]
+    return chance.among_all(model, model.random(shares), means)
 
 
 def _pairs(scored: Sequence[Curve]) -> list[tuple[Curve, Curve]]:

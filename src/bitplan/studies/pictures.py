@@ -50,6 +50,9 @@ def spans(series: Sequence[Series]) -> bool:
 def layers(scorer: str, importances: Mapping[int, float], unit: str) -> Chart:
     """One scorer's importance of every layer: in the model's order, and sorted."""
     ranked = curves.ranking(importances)[::-1]
+    values = [importances[layer] for layer in ranked]
+    first = (values[0] - values[1]) / (values[0] - values[-1]) if values[0] > values[-1] else 0.0
+    note = f"Layer {ranked[0]} alone takes {100 * first:.0f} % of the scale." if first > 0.5 else ""
     return Chart(
         name=f"layers-{scorer.replace(':', '-')}",
         kind="layers",
@@ -60,6 +63,7 @@ def layers(scorer: str, importances: Mapping[int, float], unit: str) -> Chart:
             _cells("as in the model", sorted(importances), importances),
             _cells(f"sorted by {scorer}", ranked, importances),
         ],
+        note=note,
     )
 
 
