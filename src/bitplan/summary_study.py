@@ -193,10 +193,10 @@ def of_listed(models: list[list[Listed]]) -> str:
         table(
             Table(
                 title="",
-                columns=["variant", "file", "tensors", "bits per weight"],
+                columns=["variant", "file", "tensors, MiB", "bits per weight"],
                 rows=[
-                    [r.variant.title or r.variant.name, human(r.bytes), human(r.tensor_bytes),
-                     f"{r.bpw:.3f}"]
+                    [r.variant.title or r.variant.name, human(r.bytes),
+                     f"{r.tensor_bytes / 2**20:,.2f}", f"{r.bpw:.3f}"]
                     for r in rows
                 ],
             )

@@ -8,9 +8,16 @@ A study module has
     def variants(subject: Subject, options: Options) -> list[Variant]
     def story(cases: Cases, options: Options) -> Story
 
-`variants` says what is to be measured of one model; `study.run` measures it (each variant once,
-resumable) and `story` turns the measurements into findings, tables and charts. The module's
-docstring is its help text; its first line, up to the colon, its title.
+`variants` says what is to be measured of one model (`subject.index` tells which, where a study
+compares two); `study.run` measures it (each variant once, resumable) and `story` turns the
+measurements into findings, tables and charts. A study that needs more than tokens also has
+
+    def measure(subject: Subject, options: Options, case: Case, file: Path) -> list[Measurement]
+
+which `study.run` calls with the really written file of every variant, one at a time, and with the
+reference's own; what it returns is kept on disk by content and lies in `case.extra`, by metric.
+
+The module's docstring is its help text; its first line, up to the colon, its title.
 """
 
 from __future__ import annotations
@@ -20,9 +27,10 @@ import math
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
-from bitplan.artifacts import ModelFacts, Record, TextFacts
+from bitplan.artifacts import Measurement, ModelFacts, Record, TextFacts
 from bitplan.errors import UnknownNameError
 from bitplan.gguf_file import Header
 from bitplan.metrics import Tokens, mean
@@ -49,7 +57,17 @@ class Subject(Protocol):
     def layers(self) -> list[int]: ...
 
     @property
+    def index(self) -> int:
+        """Which of the study's models it is, counted from 0."""
+        ...
+
+    @property
     def facts(self) -> ModelFacts: ...
+
+    @property
+    def matrix(self) -> Path | None:
+        """File of the importance matrix that variants are rounded with."""
+        ...
 
     def base(self, name: str) -> dict[str, str]:
         """Tensor -> format for the whole model: what llama-quantize NAME gives (`q4_0`, `q4_k_m`;
@@ -95,6 +113,8 @@ class Case:
     tokens: Tokens
     file_tokens: Tokens | None = None
     """Of the really quantized file, with --files; the first choice for all figures then."""
+    extra: Mapping[str, Measurement] = field(default_factory=dict)
+    """What the study's own `measure` found in the written file, by metric."""
 
     @property
     def own(self) -> Tokens:
@@ -127,6 +147,8 @@ class Measured:
     reference: Case
     cases: Mapping[str, Case]
     """By the variant's name; the reference is not among them."""
+    scored_bytes: int = 0
+    """Bytes of text that the scored tokens stand for, so that tokenizers can be compared."""
 
     def series(self, name: str) -> list[Case]:
         """The points of one curve in their order."""

@@ -230,9 +230,14 @@ def command(
         parts += ["--override-kv", f"{key}=str:{metadata[key]}"]
     for tensor, fmt in types.items():
         parts += ["--tensor-type", f"{pattern(tensor)}={fmt}"]
-    base = next(f.name for f in formats.FORMATS.values() if f.ftype == _base(types))
-    parts += [str(header.shards[0]), str(out), _FTYPE_NAMES.get(base, base.upper())]
+    parts += [str(header.shards[0]), str(out), preset_of(types)]
     return shlex.join(parts)
+
+
+def preset_of(types: Mapping[str, str]) -> str:
+    """llama-quantize's name for a file with these types."""
+    base = next(f.name for f in formats.FORMATS.values() if f.ftype == _base(types))
+    return _FTYPE_NAMES.get(base, base.upper())
 
 
 _FTYPE_NAMES = {"q5_k": "Q5_K_M", "q4_k": "Q4_K_M", "q3_k": "Q3_K_M", "mxfp4": "MXFP4_MOE"}

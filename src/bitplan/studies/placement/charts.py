@@ -1,0 +1,162 @@
+"""The placement study's charts: perplexity as bars, size against perplexity, gain per MiB, layers.
+
+A `View` in, charts as data out; how they look is decided in `reporting`.
+"""
+
+from __future__ import annotations
+
+from bitplan.metrics import mean
+from bitplan.results import Chart, Mark, Point, Series
+from bitplan.studies import Case
+from bitplan.studies.placement.sets import layers_of, really
+from bitplan.studies.placement.view import MIB, View, mib, ratio
+
+
+def all_of(seen: View) -> list[Chart]:
+    found = [damages(seen), perplexities(seen), sizes(seen)]
+    if seen.spenders:
+        found.append(rates(seen))
+    if seen.wide:
+        found.append(layers(seen))
+    return found
+
+
+def damages(seen: View) -> Chart:
+    ranked = [*seen.others, seen.uniform]
+    points = [
+        Point(x=i, y=c.kl[0], error=c.kl[1], label=c.title, detail=f"{mib(c.bytes)} MiB")
+        for i, c in enumerate(ranked)
+    ]
+    return Chart(
+        name="kl",
+        kind="bars",
+        title="KL from the reference by configuration",
+        x="nats per token, lower is better",
+        y="",
+        series=[Series(name="KL", points=points)],
+        best_label="least lost",
+        baseline=0.0,
+    )
+
+
+def perplexities(seen: View) -> Chart:
+    ranked = [*seen.others, seen.uniform]
+    points = [
+        Point(
+            x=i,
+            y=c.perplexity,
+            error=_paired(seen, c),
+            label=c.title,
+            detail=f"{mib(c.bytes)} MiB",
+            mark="least KL" if c is seen.best else "",
+        )
+        for i, c in enumerate(ranked)
+    ]
+    return Chart(
+        name="perplexity",
+        kind="bars",
+        title="Perplexity by configuration",
+        x="perplexity, lower is better",
+        y="",
+        series=[Series(name="perplexity", points=points)],
+        baseline=seen.measured.reference.perplexity,
+        note="They begin at the reference; ± is the error of the difference from it, on the same"
+        " tokens. In the order of KL, as the table.",
+    )
+
+
+def _paired(seen: View, case: Case) -> float:
+    """Error of the distance from the reference: what the bar's length is uncertain by."""
+    return seen.measured.reference.perplexity * ratio(case, seen.measured.reference)[1]
+
+
+def sizes(seen: View) -> Chart:
+    """Size against perplexity; the region of the smaller half that loses less than half."""
+    every = [*seen.others, seen.uniform]
+    reference = seen.measured.reference.perplexity
+    small, large = min(c.bytes for c in every) / MIB, max(c.bytes for c in every) / MIB
+    worst = max(c.perplexity for c in every)
+    low = min(reference, *(c.perplexity for c in every))
+    front = _front(every)
+    names = {id(c): "least KL" if c is seen.best else "" for c in every}
+    return Chart(
+        name="size",
+        kind="scatter",
+        title="Size against perplexity",
+        x="size, MiB",
+        y="perplexity",
+        series=[
+            Series(
+                name="strategies",
+                style="points",
+                points=[_place(seen, c, names[id(c)]) for c in every],
+            ),
+            Series(name="best at its size", points=[_place(seen, c) for c in front]),
+        ],
+        marks=[Mark(axis="y", at=reference, label="reference")],
+        best=(small, (small + large) / 2, low, (reference + worst) / 2),
+        best_label="small and good",
+        note="Best at its size: nothing smaller has a lower perplexity. The shaded region: the"
+        " smaller half of the sizes and the better half of the perplexities.",
+    )
+
+
+def _place(seen: View, case: Case, mark: str = "") -> Point:
+    return Point(
+        x=case.bytes / MIB,
+        y=case.perplexity,
+        error=_paired(seen, case),
+        label=case.title,
+        mark=mark,
+    )
+
+
+def _front(cases: list[Case]) -> list[Case]:
+    """By size, those that are better than everything smaller."""
+    found: list[Case] = []
+    for case in sorted(cases, key=lambda c: (c.bytes, c.perplexity)):
+        if not found or case.perplexity < found[-1].perplexity:
+            found.append(case)
+    return found
+
+
+def rates(seen: View) -> Chart:
+    points = []
+    for i, case in enumerate(seen.spenders):
+        value, error = mean(seen.rate(case))
+        spent = f"{seen.extra(case):.2f} MiB spent"
+        points.append(Point(x=i, y=value, error=error, label=case.title, detail=spent))
+    points[0] = points[0].model_copy(update={"mark": "most"})
+    return Chart(
+        name="gain-per-mib",
+        kind="bars",
+        title=f"KL won per MiB spent over {seen.uniform.title}",
+        x="nats per token and MiB",
+        y="",
+        series=[Series(name="KL won", points=points)],
+        baseline=0.0,
+    )
+
+
+def layers(seen: View) -> Chart:
+    """Where the published patterns miss: one strip of layers a strategy."""
+    subject = seen.measured.subject
+    rows = []
+    for key in seen.wide:
+        strategy = seen.strategy(key)
+        hit = layers_of(subject, really(subject, strategy))
+        value = {n: 1.0 if n in strategy.layers else 0.5 if n in hit else 0.0 for n in seen.layers}
+        told = {1.0: "meant and protected", 0.5: "protected, not meant", 0.0: "not protected"}
+        points = [Point(x=n, y=v, label=str(n), detail=told[v]) for n, v in value.items()]
+        rows.append(Series(name=strategy.short, points=points))
+    return Chart(
+        name="published-layers",
+        kind="layers",
+        title="Layers that the published patterns protect",
+        x="layer",
+        y="1: meant, 0.5: protected though not meant, 0: not protected",
+        series=rows,
+    )
+
+
+__all__ = ["all_of", "damages", "layers", "perplexities", "rates", "sizes"]
