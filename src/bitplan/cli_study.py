@@ -89,8 +89,8 @@ def run(
     with contextlib.ExitStack() as stack:
         report = stack.enter_context(console.progress(quiet or as_json))
         subjects = [
-            stack.enter_context(Subject(path, folder, Setting(**values), report))
-            for path, folder in zip(paths, folders, strict=True)
+            stack.enter_context(Subject(path, folder, Setting(**values), report, index))
+            for index, (path, folder) in enumerate(zip(paths, folders, strict=True))
         ]
         if given["dry_run"] or given["script"]:
             rows = [study.listed(name, s, options) for s in subjects]

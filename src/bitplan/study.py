@@ -7,14 +7,16 @@ rounded in the loaded model; with `files` each is also written, loaded and measu
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitplan import measured, metrics, removal, studies
+from bitplan import filed, measured, metrics, removal, studies
 from bitplan import report_study as report
 from bitplan.artifacts import Measurement, Origin, schema_of
 from bitplan.errors import UsageError, WriteError
@@ -84,12 +86,13 @@ def run(
     texts = [s.held_out.facts for s in subjects]
     for subject, rows in zip(subjects, plans, strict=True):
         _check(subject, rows)
-    cases = Cases(
-        [
-            _measured(s, rows, files, fresh, progress)
-            for s, rows in zip(subjects, plans, strict=True)
-        ]
-    )
+    found = [
+        _measured(s, rows, files, fresh, progress) for s, rows in zip(subjects, plans, strict=True)
+    ]
+    if hasattr(module, "measure"):
+        each = zip(found, subjects, plans, strict=True)
+        found = [_extras(module, options, *m, fresh, progress) for m in each]
+    cases = Cases(found)
     result = Results(
         schema=schema_of(Results),
         origin=_origin(subjects, files),
@@ -157,7 +160,28 @@ def _measured(
         subject.held_out.facts,
         _case(own, found[REFERENCE], None),
         {n: _case(r, found[n], real.get(n)) for r in rows for n in [r.variant.name]},
+        subject.model.text_bytes(windows[:, subject.model.ctx // 2 + 1 :]),
     )
+
+
+def _extras(
+    module: Any, options: Any, model: Measured, subject: Subject, rows: Sequence[Listed],
+    fresh: bool, progress: Progress,
+) -> Measured:  # fmt: skip
+    """With what the study's own `measure` finds in the file of every variant."""
+    entries = [filed.Entry(model.reference, subject.header.shards[0])]
+    for row in rows:
+        file = _file_work(subject, row.variant).file
+        assert file is not None
+        write = functools.partial(_write, subject, row, file, lambda *_: None)
+        entries.append(filed.Entry(model.cases[row.variant.name], file, write))
+    place = _place(subject)
+    key = {
+        "measure": module.__name__, "options": options.model_dump(), "model": place.model,
+        "imatrix": place.imatrix, "engine": engine_version(), "platform": sys.platform,
+    }  # fmt: skip
+    hook = functools.partial(module.measure, subject, options)
+    return filed.run(model, entries, hook, key, place.folder, fresh=fresh, progress=progress)
 
 
 def _place(subject: Subject) -> measured.Place:
@@ -245,7 +269,7 @@ def _fact(model: Measured, case: Case, index: int) -> VariantFacts:
         how=how,  # type: ignore[arg-type]
         removed=list(v.removed),
         mix=mixes(v),
-        measurements=_measurements(model, case, case.tokens),
+        measurements=[*_measurements(model, case, case.tokens), *case.extra.values()],
         by_file=_measurements(model, case, case.file_tokens) if case.file_tokens else [],
     )
 

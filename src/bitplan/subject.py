@@ -61,6 +61,8 @@ class Subject:
     out: Path
     setting: Setting = field(default_factory=Setting)
     progress: Progress = lambda *_: None
+    index: int = 0
+    """Which of the study's models it is."""
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _renewed: set[Path] = field(default_factory=set)
     """With `fresh`: folders that this run has begun anew."""

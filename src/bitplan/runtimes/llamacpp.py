@@ -151,6 +151,16 @@ class LlamaModel:
             raise RuntimeFailure(f"{self.path}: its tokenizer failed on this text.")
         return out[:count].copy()
 
+    def text_bytes(self, tokens: Tokens) -> int:
+        """Bytes of text that these tokens stand for; special tokens stand for none."""
+        buffer = ctypes.create_string_buffer(512)
+        ids, counts = np.unique(tokens, return_counts=True)
+        lengths = [
+            abs(capi.llama_token_to_piece(self._vocab, int(i), buffer, len(buffer), 0, False))
+            for i in ids  # of a piece that does not fit, its length is given, negative
+        ]
+        return int(np.dot(lengths, counts))
+
     # --- running ---------------------------------------------------------------------------
 
     def logits(self, windows: Tokens) -> Iterator[Logits]:
