@@ -199,8 +199,8 @@ def orderings() -> Chart:
 def _curve(index: int) -> list[Point]:
     steep = 1.2 + 0.25 * index
     return [
-        Point(x=4.5 - 2 * n / LAYERS, y=BASE * math.exp(steep * (n / LAYERS) ** 2), label=f"{n} low",
-              error=0.1 + 0.05 * n, detail=f"{n} layers in q2_k")
+        Point(x=4.5 - 2 * n / LAYERS, y=BASE * math.exp(steep * (n / LAYERS) ** 2),
+              label=f"{n} low", error=0.1 + 0.05 * n, detail=f"{n} layers in q2_k")
         for n in range(LAYERS + 1)
     ]  # fmt: skip
 
@@ -213,14 +213,16 @@ def layers() -> Chart:
     return Chart(
         name="layers", kind="layers", title="Layers before and after sorting", x="rank, the most"
         " important first", y="importance (LIM)", series=[
-            Series(name="as in the model", points=cells), Series(name="sorted by lim", points=ranked)],
+            Series(name="as in the model", points=cells),
+            Series(name="sorted by lim", points=ranked)],
         marks=[Mark(axis="x", at=18, label="q4_k | q2_k")],
     )  # fmt: skip
 
 
 def pruning() -> Chart:
     return Chart(
-        name="pruning", kind="lines", title="Removing against quantizing", x="size, MiB", y="accuracy",
+        name="pruning", kind="lines", title="Removing against quantizing", x="size, MiB",
+        y="accuracy",
         series=[Series(name="removed", style="points", points=[Point(x=300, y=0.6, error=0.02)]),
                 Series(name="quantized", points=[Point(x=300 + i, y=0.6 - 0.1 / (i + 1), error=0.02)
                                                  for i in range(5)])],

@@ -13,32 +13,55 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from bitplan.reporting import wording
 
 Report = Callable[[str, int, int], None]
 
 
 @contextlib.contextmanager
 def progress(quiet: bool) -> Iterator[Report]:
-    """A callback (what, done, total) that draws one bar per thing that is being done."""
+    """A callback (what, done, total) that draws one bar per thing that is being done.
+
+    `variants: last 4` is a step of `variants`: all such steps share one bar, and with it the time
+    that is left for all of them.
+    """
     console = Console(stderr=True, quiet=quiet)
     columns = (
-        TextColumn("{task.description:>12.12}"),
+        TextColumn("{task.description:>12.12}", markup=False),
         BarColumn(bar_width=36),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[step]:.28}", style="dim", markup=False),
     )
-    with Progress(*columns, console=console, disable=quiet) as bars:
-        tasks: dict[tuple[str, int], int] = {}
+    # A variant of a large model takes minutes: the speed is that of the last ten of them or so.
+    with Progress(*columns, console=console, disable=quiet, speed_estimate_period=1800) as bars:
+        tasks: dict[tuple[str, int], TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:
-            label = what if len(what) <= 12 else what[-12:]
-            key = ("" if "." in what else what, total)  # tensors share one bar
+            whole, _, step = what.partition(": ")
+            label = whole if len(whole) <= 12 else whole[-12:]
+            key = ("" if "." in whole else whole, total)  # tensors share one bar
             if key not in tasks:
                 for old in tasks.values():
-                    bars.update(old, visible=False)  # type: ignore[arg-type]
-                tasks[key] = bars.add_task(label, total=total)
-            bars.update(tasks[key], completed=done, description=label, visible=True)  # type: ignore[arg-type]
+                    bars.update(old, visible=False)
+                # What is done already took no time now, so it must not count as speed.
+                tasks[key] = bars.add_task(label, total=total, completed=done, step="")
+            bars.update(
+                tasks[key],
+                completed=done,
+                description=label,
+                step=wording.plain(step),
+                visible=True,
+            )
 
         yield report
 

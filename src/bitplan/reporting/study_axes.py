@@ -144,6 +144,7 @@ def ticks(span: Span) -> list[tuple[float, str]]:
 
 def _span(values: Sequence[float], margin: float, log: bool) -> Span:
     """From the least to the greatest with a margin; something to see where they are the same."""
+    values = [v for v in values if v > 0 or not log]
     if not values:
         return (0.1, 1.0) if log else (0.0, 1.0)
     low, high = min(values), max(values)
@@ -227,9 +228,9 @@ def _covered(chart: Chart, seen: Axes, pixels: Pixels) -> list[tuple[float, floa
         count = int(len(mark.label) * _LETTER / 6)
         found += [(start + way * n, seen.height(mark.at) + 8 / pixels[1]) for n in range(count)]
     if (best := region(chart, seen)) and chart.best_label:
-        left, _, _, top = best
+        left, _, bottom, _ = best
         count = int(len(chart.best_label) * _LETTER / 6)
-        high = seen.height(top) - 9 / pixels[1]
+        high = seen.height(bottom) + 9 / pixels[1]
         found += [(left + step * n, high) for n in range(count)]
     return found
 

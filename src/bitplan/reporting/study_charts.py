@@ -27,7 +27,7 @@ from bitplan.reporting.study_axes import (
     ticks,
 )
 from bitplan.reporting.wording import hover, sig, with_error
-from bitplan.results import Chart, Point, Series
+from bitplan.results import Chart, Mark, Point, Series
 
 Figure = dict[str, Any]
 SHADE = "rgba(26, 157, 120, .13)"
@@ -132,7 +132,10 @@ def _texts(index: int, points: Sequence[Point], seen: Axes) -> Figure:
 
 def _layout(chart: Chart, seen: Axes, pixels: Pixels) -> Figure:
     best, legend = region(chart, seen), len([s for s in chart.series if s.name]) > 1
-    up: Figure = {"title": {"text": hover(chart.y)}, "range": list(seen.y), "zeroline": False}
+    up: Figure = {
+        "title": {"text": hover(chart.y), "standoff": 10}, "range": list(seen.y),
+        "zeroline": False, "automargin": True,
+    }  # fmt: skip
     if seen.log_y:
         shown = ticks(seen.y)
         up |= {
@@ -168,7 +171,7 @@ def _lines(chart: Chart, seen: Axes) -> list[Figure]:
     return [
         place
         | {
-            "type": "line", "layer": "below",
+            "type": "line", "layer": "between",
             "line": {"color": colour_of(mark, chart), "width": 1.3, "dash": "dot"},
         }
         for mark, place in marks
@@ -183,6 +186,7 @@ def _words(
         {
             "x": mark.at, "xanchor": "right" if side == "left" else "left", "yref": "paper", "y": 1,
             "yshift": -17 * row, "yanchor": "top", "text": hover(mark.label),
+            **_coloured(mark, chart),
         }
         for mark, row, side in seen.x_marks
     ]  # fmt: skip
@@ -190,16 +194,25 @@ def _words(
         {
             "xref": "paper", "x": 1 if side == "right" else 0, "xanchor": side,
             "y": math.log10(mark.at) if seen.log_y else mark.at, "yanchor": "bottom",
-            "text": hover(mark.label),
+            "text": hover(mark.label), **_coloured(mark, chart),
         }
         for mark, side in seen.y_marks
     ]  # fmt: skip
     if best and chart.best_label:
+        low = math.log10(best[2]) if seen.log_y else best[2]
         found.append(
-            {"x": best[0], "xanchor": "left", "yanchor": "top", "text": hover(chart.best_label),
-             "y": math.log10(best[3]) if seen.log_y else best[3], "font": {"color": "#1a9d78"}}
+            {
+                "x": best[0], "xanchor": "left", "y": low, "yanchor": "bottom",
+                "text": hover(chart.best_label), "font": {"color": look(2).colour, "size": 12},
+            }
         )  # fmt: skip
     return [{"showarrow": False, "font": {"size": 12}, "borderpad": 1} | f for f in found]
+
+
+def _coloured(mark: Mark, chart: Chart) -> Figure:
+    """Words in the colour of their line, unless that is grey, which the page's own words suit."""
+    colour = colour_of(mark, chart)
+    return {} if colour == GREY else {"font": {"color": colour, "size": 12}}
 
 
 def bars(chart: Chart) -> Figure:
@@ -224,8 +237,8 @@ def bars(chart: Chart) -> Figure:
             }
         )  # fmt: skip
         if any(p.error for p in points):
-            data[-1]["error_x"] = _errors(chart, points) | {"color": GREY}
-        data[-1] |= _values(points, {j: w for (k, j), w in words.items() if k == i})
+            data[-1]["error_x"] = _errors(chart, points) | {"color": GREY, "thickness": 1.4}
+        data.append(_values(points, start, {j: w for (k, j), w in words.items() if k == i}))
     made = _bar_layout(chart, start, count)
     made["meta"] = {"narrow": {"xaxis": made["xaxis"] | {"nticks": 4}}}
     return {"data": data, "layout": made}
@@ -235,13 +248,18 @@ def _colour(index: int, several: bool) -> str:
     return look(index).colour if several else OTHER
 
 
-def _values(points: Sequence[Point], words: dict[int, str]) -> Figure:
-    """Values stand at the foot of the bar where a bar's end is busy with its error."""
+def _values(points: Sequence[Point], start: float, words: dict[int, str]) -> Figure:
+    """The figures, beyond the bars and their errors."""
     texts = [
-        sig(p.y) + (f"  <b>{hover(words[j])}</b>" if j in words else "")
+        f" {sig(p.y, 4)}" + (f"  <b>{hover(words[j])}</b>" if j in words else "")
         for j, p in enumerate(points)
     ]
-    return {"text": texts, "textposition": "outside", "cliponaxis": False, "constraintext": "none"}
+    return {
+        "type": "scatter", "mode": "text", "text": texts, "textposition": "middle right",
+        "x": [max(p.y + p.error, start) for p in points],
+        "y": _unique([hover(p.label) for p in points]),
+        "cliponaxis": False, "hoverinfo": "skip", "showlegend": False,
+    }  # fmt: skip
 
 
 def _unique(labels: Sequence[str]) -> list[str]:

@@ -118,7 +118,7 @@ def _marks(canvas: Canvas, chart: Chart, seen: Axes) -> None:
     if best := region(chart, seen):
         left, right, low, high = best
         canvas.fill_between([left, right], low, high, color=GREEN, alpha=0.13, lw=0, zorder=0)
-        _say(canvas, chart.best_label, (left, high), "both", (3, -3), "left", "top", GREEN)
+        _say(canvas, chart.best_label, (left, low), "both", (3, 3), "left", "bottom", GREEN)
 
 
 def _say(
@@ -148,7 +148,7 @@ def bars(chart: Chart) -> Figure:
         canvas.barh(y, point.y - start, 0.72, start, color=colour, label=name)
         if point.error:
             canvas.errorbar(point.y, y, xerr=point.error, color=GREY, lw=1, capsize=2)
-        text = f" {sig(point.y)}" + (f"  {plain(words[i, j])}" if (i, j) in words else "")
+        text = f" {sig(point.y, 4)}" + (f"  {plain(words[i, j])}" if (i, j) in words else "")
         canvas.text(max(point.y + point.error, start), y, text, va="center", fontsize=8.5)
     canvas.set_yticks(range(len(rows)), [plain(p.label) for _, _, p in rows])
     canvas.tick_params(axis="y", length=0)
@@ -185,7 +185,8 @@ def strips(chart: Chart) -> Figure:
             )  # fmt: skip
     for mark in chart.marks:
         if mark.axis == "x" and math.isfinite(mark.at):
-            canvas.axvline(mark.at + 0.5, color="#333333", lw=1.2)
+            for y in study_layers.divided(chart):
+                canvas.plot([mark.at + 0.5] * 2, [y - 0.46, y + 0.46], color="#333333", lw=1.4)
             _say(canvas, mark.label, (mark.at + 0.5, 1), "data", (0, 2), "center", "bottom")
     canvas.set(xlim=(0.4, max(most, 1) + 0.6), ylim=(-0.5, len(rows) - 0.5), xticks=[])
     canvas.set_yticks(range(len(rows)), [plain(s.name) for s in chart.series])

@@ -44,6 +44,13 @@ def ends(chart: Chart) -> tuple[str, str]:
     return sig(min(values)), sig(max(values))
 
 
+def divided(chart: Chart) -> list[int]:
+    """The strips that a mark divides: those in order of importance, else all."""
+    rows = [[p.y for p in drawn(chart, s)] for s in chart.series]
+    ordered = [i for i, row in enumerate(rows) if row in (sorted(row), sorted(row, reverse=True))]
+    return ordered or list(range(len(rows)))
+
+
 def _value(chart: Chart, point: Point) -> float:
     if not chart.log_y:
         return point.y
@@ -103,8 +110,9 @@ def _across(chart: Chart, rows: int) -> Figure:
                   "showgrid": False, "title": {"text": ""}},
         "margin": {"l": 8, "r": 8, "t": 6 + 16 * bool(marks), "b": 34},
         "shapes": [
-            _line() | {"x0": m.at + 0.5, "x1": m.at + 0.5, "y0": 0, "y1": 1, "yref": "paper"}
+            _line() | {"x0": m.at + 0.5, "x1": m.at + 0.5, "y0": y - 0.5, "y1": y + 0.5}
             for m in marks
+            for y in divided(chart)
         ],
         "annotations": [
             {"x": m.at + 0.5, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False,
@@ -123,12 +131,15 @@ def _down(chart: Chart, most: int) -> Figure:
                   "showticklabels": False, "title": {"text": ""}},
         "margin": {"l": 8, "r": 8, "t": 30, "b": 8},
         "shapes": [
-            _line() | {"y0": m.at + 0.5, "y1": m.at + 0.5, "x0": 0, "x1": 1, "xref": "paper"}
+            _line() | {"y0": m.at + 0.5, "y1": m.at + 0.5, "x0": x - 0.5, "x1": x + 0.5}
             for m in marks
+            for x in divided(chart)
         ],
         "annotations": [
             {"y": m.at + 0.5, "x": 1, "xref": "paper", "xanchor": "right", "yanchor": "bottom",
-             "showarrow": False, "text": hover(m.label), "font": {"size": 11}} for m in marks
+             "showarrow": False, "text": hover(m.label),
+             "bgcolor": "rgba(255, 255, 255, .85)", "font": {"size": 11, "color": "#222222"}}
+            for m in marks
         ],
     }  # fmt: skip
 

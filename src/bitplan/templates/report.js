@@ -11,7 +11,7 @@
   function themed(figure) {
     const wide = figure.layout;
     const layout = small.matches && wide.meta?.narrow ? { ...wide, ...wide.meta.narrow } : wide;
-    const plane = figure.data.some((trace) => trace.type === "scatter");
+    const plane = figure.data[0]?.type === "scatter";
     const axis = { gridcolor: paint("--grid"), linecolor: paint("--rule"), fixedrange: !mouse };
     const size = small.matches ? 11 : 13;
     const made = {
@@ -36,18 +36,17 @@
     return structuredClone(figure.data).map((trace) => {
       if (small.matches && trace.meta?.narrow) Object.assign(trace, trace.meta.narrow);
       if (trace.type === "scatter") trace.textfont = { color: paint("--ink") };
-      if (trace.type === "bar") trace.outsidetextfont = { color: paint("--ink") };
       if (trace.type === "heatmap" && small.matches && !trace.meta?.narrow) trace.texttemplate = "";
       if (trace.colorbar && choice) trace.visible = trace.name === choice.value;
       return trace;
     });
   }
 
-  function draw() {
+  function draw(how = Plotly.react) {
     for (const node of document.querySelectorAll("[data-chart]")) {
       const name = node.dataset.chart;
-      Plotly.react(node, traces(figures[name]), themed(figures[name]),
-                   { displayModeBar: false, responsive: true });
+      how(node, traces(figures[name]), themed(figures[name]),
+          { displayModeBar: false, responsive: true });
     }
   }
 
@@ -81,9 +80,10 @@
       setTimeout(() => { button.textContent = "Copy"; }, 1600);
     });
   }
-  choice?.addEventListener("change", draw);
-  small.addEventListener("change", draw);
-  dark.addEventListener("change", draw);
+  choice?.addEventListener("change", () => draw());
+  // A new width has other labels, and react does not bring back those that it took away.
+  small.addEventListener("change", () => draw(Plotly.newPlot));
+  dark.addEventListener("change", () => draw());
   window.addEventListener("beforeprint", () => print(true));
   window.addEventListener("afterprint", () => print(false));
   if (window.Plotly) draw();
