@@ -5,8 +5,8 @@
 Measures every cell once. Each choice of probes is then a subset of the same measurements, so that
 nothing but the inference differs. For each: rank correlation of the inferred cells with the
 measured ones, model evaluations of 8 windows, and KL of the plans on held-out windows, by hot swap,
-as a paired difference from the full table's plan at the same bytes, and whether that is within the
-two figures' own errors. Plans are shown as the table gives them, corrected by format, and refined
+as a paired difference from the full table's plan at the same bytes, with its error and, after the
+semicolon, that of an unpaired difference. Plans are shown as the table gives them and refined
 (`bitplan.refine`), which is what `bitplan auto` ships.
 """
 
@@ -42,8 +42,7 @@ from bitplan.metrics import mean
 from bitplan.runtimes.llamacpp import LlamaModel, engine_version
 
 CHOICES = ("q3_k", "q3_k+iq4_xs")
-REFINED = {", by format": False, ", refined": True}
-"""Corrected by format only, and with the plan's own inferred cells measured as well."""
+REFINED = ", refined"
 BITS = (2.9, 3.2, 3.6, 4.5, 5.5)
 
 
@@ -110,15 +109,13 @@ def made(
         measured = evaluations[name] = len([s for s in table.cells if s.measured])
         for bits in BITS:
             plans[name, bits] = plan.make(table, budget.of_bpw(bits, table.model.weights))
-        for kind, confirm in REFINED.items():
-            asked = 0
-            for bits in BITS:
-                found = plans[name + kind, bits] = refine.run(
-                    model, table, plans[name, bits], calibration, matrix.importance(), out,
-                    confirm=confirm,
-                )  # fmt: skip
-                asked += found.origin.settings["refined"]["evaluations"]
-            evaluations[name + kind] = measured + round(asked / len(BITS))
+        asked = 0
+        for bits in BITS:
+            found = plans[name + REFINED, bits] = refine.run(
+                model, table, plans[name, bits], calibration, matrix.importance(), out
+            )
+            asked += found.origin.settings["refined"]["evaluations"]
+        evaluations[name + REFINED] = measured + round(asked / len(BITS))
     return plans, evaluations
 
 
@@ -142,7 +139,7 @@ def show(
     print("|---|---|---|" + "---|" * len(BITS))
     record = []
     for name, count in evaluations.items():
-        against = next((f"full{k}" for k in REFINED if name.endswith(k)), "full")
+        against = "full" + REFINED if name.endswith(REFINED) else "full"
         row = []
         for bits in BITS:
             own, best = figures[f"{name}@{bits}"].kl, figures[f"{against}@{bits}"].kl

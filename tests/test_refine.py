@@ -49,25 +49,6 @@ def test_factors_are_measured_over_predicted(
         assert new.damage == pytest.approx(old.damage * found.get(old.format, 1.0))
 
 
-def test_the_plans_own_cells_are_measured_where_they_were_inferred(
-    tiny: LlamaModel, text_windows: Windows, tmp_path: Path
-) -> None:
-    few = measure.run(tiny, text_windows, measure.Settings(WANTED), tmp_path / "few")
-    full = measure.run(tiny, text_windows, measure.Settings(WANTED, full=True), tmp_path / "full")
-    chosen = plan.make(few, budget.of_bpw(5.5, few.model.weights))
-    better = refine.confirmed(bench(tiny, few, text_windows, tmp_path), few, chosen)
-    truth = {(s.unit, s.format): s.damage for s in full.scores}
-    guessed = 0
-    for old, new in zip(few.scores, better.scores, strict=True):
-        if chosen.formats[old.unit] == old.format and not old.measured:
-            guessed += 1
-            assert new.measured
-            assert new.damage == pytest.approx(truth[old.unit, old.format], rel=1e-6, abs=1e-12)
-        else:
-            assert new == old
-    assert guessed
-
-
 def test_a_repeated_refinement_measures_nothing_again(
     tiny: LlamaModel, text_windows: Windows, tmp_path: Path
 ) -> None:

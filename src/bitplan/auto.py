@@ -52,7 +52,6 @@ class Request:
     group: str = "tensor"
     probes: str = ""
     full: bool = False
-    confirm: bool = True
     keep: list[str] | None = None
     floor: list[str] | None = None
     imatrix: Path | None = None
@@ -121,7 +120,6 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
             held_out,
             floors=floors,
             rivals=_rivals(request.presets),
-            confirm=request.confirm,
         )
     return _told(result, report.write_from(out))
 

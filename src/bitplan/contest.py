@@ -69,7 +69,6 @@ def run(
     *,
     floors: Mapping[str, str] | None = None,
     rivals: Rivals = "near",
-    confirm: bool = True,
 ) -> Result:
     """Turn a first plan into the best measured file within its budget."""
     chosen = refine.run(
@@ -80,7 +79,6 @@ def run(
         ring.importance,
         ring.out,
         floors=floors,
-        confirm=confirm,
         progress=ring.progress,
     )
     chosen.save(ring.out / "plan.json")

@@ -66,13 +66,6 @@ Probes = Annotated[
     typer.Option(help="Formats measured per unit, the rest is inferred. [default: one, ~3.4 bit]"),
 ]
 Full = Annotated[bool, typer.Option("--full", help="Measure every cell, infer none.")]
-Confirm = Annotated[
-    bool,
-    typer.Option(
-        help="Measure the cells that the plan relies on where they were inferred; at most doubles"
-        " the measuring."
-    ),
-]
 Matrix = Annotated[
     Path | None,
     typer.Option("--imatrix", help="Importance matrix file. [default: collected from the text]"),

@@ -59,37 +59,28 @@ def run(
     *,
     floors: Mapping[str, str] | None = None,
     rounds: int = 3,
-    confirm: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Plan:
     """The best measured of the first plan and its corrected successors, within the same budget.
 
     What it measures is kept in OUT/measured, and not measured again when the run is repeated.
-    confirm: also measure each cell that the plan relies on and that was only inferred.
     """
     place = Place(out / "measured", sensitivity.model.sha256, sensitivity.imatrix, model.threads)
     bench = Bench(model, windows, importance, place, progress)
-    table, current, factors = sensitivity, first, dict[str, float]()
+    current, factors = first, dict[str, float]()
     tried: list[tuple[float, Plan]] = []
     asked = 0
     for _ in range(rounds + 1):
-        if confirm and table.scorer == "kl":
-            table = confirmed(bench, table, current)
         found = bench.kl({WHOLE: current.tensors, **by_format(current)})
         asked += len(found)
         tried.append((found[WHOLE], current))
-        factors = updated(factors, table, current, found)
-        corrected = inference.scaled(table, factors)
+        factors = updated(factors, sensitivity, current, found)
+        corrected = inference.scaled(sensitivity, factors)
         current = plan.make(corrected, first.budget, pins=first.pins, floors=floors)
         if any(current.formats == before.formats for _, before in tried):
             break
     kl, best = min(tried, key=lambda pair: pair[0])
-    asked += _measured_cells(table) - _measured_cells(sensitivity)
     return _noted(best, sensitivity, kl, factors, asked)
-
-
-def _measured_cells(table: Sensitivity) -> int:
-    return sum(s.measured for s in table.cells)
 
 
 def _noted(
@@ -108,28 +99,6 @@ def _noted(
         }
     )
     return best.model_copy(update={"origin": origin})
-
-
-def confirmed(bench: Bench, table: Sensitivity, chosen: Plan) -> Sensitivity:
-    """The table with the plan's own cells measured, each unit alone, where they were inferred.
-
-    A knapsack picks what looks cheap, and so what was inferred too low; this is where to look.
-    """
-    guessed = {
-        s.unit: s.format
-        for s in table.scores
-        if not s.measured and chosen.formats[s.unit] == s.format
-    }
-    tensors = {u.name: u.tensors for u in table.units if u.name in guessed}
-    variants = {unit: {t: chosen.tensors[t] for t in names} for unit, names in tensors.items()}
-    found = bench.kl(variants) if variants else {}
-    scores = [
-        s.model_copy(update={"damage": found[s.unit], "measured": True})
-        if guessed.get(s.unit) == s.format
-        else s
-        for s in table.scores
-    ]
-    return table.model_copy(update={"scores": scores})
 
 
 def by_format(chosen: Plan) -> dict[str, dict[str, str]]:
