@@ -330,6 +330,8 @@ def _notes(measured: Measured, options: Options) -> list[str]:
         f"Embedding and output stay in {outside} in every variant.",
         "A removed layer also saves its share of the KV cache and of the time, which bytes of the"
         " file do not show.",
+        "The paper (LLaMa-2 7B, plain rounding, task accuracy) found quantizing better all the way"
+        " from 8 to 4 bits, and removing better from 4 to 2 bits once more than 7 of 32 layers go.",
         "Layers are removed as they are, without the fine-tuning that Gromov et al. add to mend the"
         " model.",
         *curves.fallbacks(subject, [options.high, options.low, outside]),

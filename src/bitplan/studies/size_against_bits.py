@@ -1,0 +1,289 @@
+"""size-against-bits: a larger model in fewer bits, or a smaller one in more, in the same bytes.
+
+MODEL's layers move one by one from `--high` to `--low`, OTHER's from `--high-other` to
+`--low-other`, by the same scorer's order; where the two curves cross, the better choice changes.
+Section 6.2 and figure 3 of Variable Layerwise Quantization, over exact bytes and with errors.
+Tokenizers may differ: the figure is bits per byte of text, not perplexity per token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from pydantic import Field
+
+from bitplan import scorers
+from bitplan.artifacts import Record
+from bitplan.budget import human
+from bitplan.errors import UsageError
+from bitplan.metrics import mean
+from bitplan.reporting.wording import sig, with_error
+from bitplan.results import Chart, Finding, Mark, Series, Story, Table
+from bitplan.studies import Case, Cases, Measured, Subject, Variant, curves, equal_bytes, pictures
+from bitplan.studies.equal_bytes import Gap
+
+MODELS = 2
+
+SERIES = "schedule"
+UNIT = "bits per byte"
+
+
+class Options(Record):
+    high: str = Field("q4_k", description="Format that MODEL's layers start in.")
+    low: str = Field("q2_k", description="Format that they are moved to.")
+    high_other: str = Field("q8_0", description="Format that OTHER's layers start in.")
+    low_other: str = Field("q4_k", description="Format that they are moved to.")
+    order: str = Field("lim", description="Scorer that ranks the layers of both.")
+    steps: int = Field(
+        0, description="Move so many layers at once. [default: 1, more beyond 48 layers]"
+    )
+
+    def pair(self, index: int) -> tuple[str, str]:
+        """High and low format of one of the models."""
+        return (self.high_other, self.low_other) if index else (self.high, self.low)
+
+
+def variants(subject: Subject, options: Options) -> list[Variant]:
+    """One model's 0 to all layers in its low format. Raises UsageError, UnknownNameError."""
+    if options.steps < 0:
+        raise UsageError("--steps must not be negative.")
+    scorers.get(options.order)
+    high, low = options.pair(subject.index)
+    ranked = curves.ranking(subject.importances(options.order, low))
+    found = []
+    for count in curves.every(len(ranked), options.steps):
+        moved = set(ranked[:count])
+        formats = {layer: low if layer in moved else high for layer in ranked}
+        found.append(
+            Variant(
+                name=f"{high}-{low}_{count}",
+                title=f"{count} of {len(ranked)} layers in {low}, the others in {high}",
+                types=curves.stored(subject, formats, high),
+                series=SERIES,
+                step=count,
+            )
+        )
+    return found
+
+
+# --- what was found ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models."""
+
+    measured: Measured
+    name: str
+
+    @cached_property
+    def curve(self) -> list[Case]:
+        return self.measured.series(SERIES)
+
+    @property
+    def per_token(self) -> float:
+        """Nats a token -> bits a byte of text."""
+        tokens = len(self.measured.reference.tokens.nll)
+        return tokens / self.measured.scored_bytes / math.log(2)
+
+    def bits(self, case: Case) -> tuple[float, float]:
+        """Bits per byte and their standard error."""
+        value, error = mean(case.own.nll)
+        return value * self.per_token, error * self.per_token
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Both models over the bytes that they have in common."""
+
+    one: Side
+    other: Side
+
+    @property
+    def paired(self) -> bool:
+        """Whether both were measured on the very same tokens."""
+        return self.one.measured.text.sha256 == self.other.measured.text.sha256
+
+    @cached_property
+    def gaps(self) -> list[Gap]:
+        """MODEL less OTHER in bits per byte, at every size that is a point of either."""
+        sizes = sorted({c.bytes for side in (self.one, self.other) for c in side.curve})
+        return [g for size in sizes if (g := self._gap(size)) is not None]
+
+    def _gap(self, size: int) -> Gap | None:
+        one, other = (equal_bytes.at(s.curve, size, "nll") for s in (self.one, self.other))
+        if one is None or other is None:
+            return None
+        if self.paired:
+            gap, error = mean(one * self.one.per_token - other * self.other.per_token)
+        else:
+            (a, da), (b, db) = mean(one), mean(other)
+            gap = a * self.one.per_token - b * self.other.per_token
+            error = math.hypot(da * self.one.per_token, db * self.other.per_token)
+        return Gap(size, 8 * size / self.one.measured.subject.header.weights, gap, error)
+
+
+def contest(cases: Cases) -> Contest:
+    names = [m.subject.facts.name for m in cases.models]
+    if names[0] == names[1]:
+        names = [
+            f"{n} ({human(m.subject.header.weights).removesuffix('B').strip()} weights)"
+            for n, m in zip(names, cases.models, strict=True)
+        ]
+    one, other = (Side(m, n) for m, n in zip(cases.models, names, strict=True))
+    return Contest(one, other)
+
+
+def story(cases: Cases, options: Options) -> Story:
+    found = contest(cases)
+    return Story(
+        headline=_headline(found, options),
+        findings=[_finding(found), *_ends(found)],
+        tables=[_table(found)],
+        charts=[_chart(found, options), *_difference(found)],
+        notes=_notes(found, options),
+    )
+
+
+def _labels(found: Contest, options: Options) -> tuple[str, str]:
+    one, other = (
+        f"{side.name} in {'/'.join(options.pair(i))}"
+        for i, side in enumerate((found.one, found.other))
+    )
+    return one, other
+
+
+def _headline(found: Contest, options: Options) -> str:
+    return equal_bytes.verdict(found.gaps, *_labels(found, options), UNIT) + _apart(found)
+
+
+def _apart(found: Contest) -> str:
+    """Why nothing could be compared, if so."""
+    if found.gaps:
+        return ""
+    ranges = " and ".join(
+        f"{human(side.curve[-1].bytes)} to {human(side.curve[0].bytes)} ({side.name})"
+        for side in (found.one, found.other)
+    )
+    return f" They take {ranges}; choose formats whose sizes meet."
+
+
+def _finding(found: Contest) -> Finding:
+    """The contest over the sizes in common; the difference is that at the middle one."""
+    gaps = found.gaps
+    one, other = found.one.name, found.other.name
+    how = "paired on the same tokens" if found.paired else "of two independent measurements"
+    text = equal_bytes.verdict(gaps, one, other, UNIT) + _apart(found)
+    if not gaps:
+        return Finding(title="Larger or smaller, at equal bytes", text=text)
+    middle = gaps[len(gaps) // 2]
+    return Finding(
+        title="Larger or smaller, at equal bytes",
+        text=f"{text} At {human(middle.bytes)}: {with_error(middle.value, middle.error)} {UNIT},"
+        f" {one} less {other}; errors are {how}.",
+        difference=middle.value, stderr=middle.error, unit=UNIT, shown=middle.side != 0,
+    )  # fmt: skip
+
+
+def _ends(found: Contest) -> list[Finding]:
+    """What each model itself loses from its largest file to its smallest: paired."""
+    made = []
+    for side in (found.one, found.other):
+        gap, error = mean(side.curve[-1].own.nll - side.curve[0].own.nll)
+        gap, error = gap * side.per_token, error * side.per_token
+        shown = abs(gap) > 2 * error
+        told = f"{with_error(gap, error)} {UNIT} from {human(side.curve[0].bytes)} to"
+        told += f" {human(side.curve[-1].bytes)}"
+        made.append(
+            Finding(
+                title=f"What fewer bits cost {side.name}",
+                text=f"{told}." if shown else f"No difference measured: {told}.",
+                difference=gap, stderr=error, unit=UNIT, shown=shown,
+            )
+        )  # fmt: skip
+    return made
+
+
+# --- tables and charts ------------------------------------------------------------------------
+
+
+def _table(found: Contest) -> Table:
+    """Both models in one column of bytes, largest first."""
+    gaps = {g.bytes: g for g in found.gaps}
+    cases = [(c, side) for side in (found.one, found.other) for c in side.curve]
+    cases.sort(key=lambda row: -row[0].bytes)
+    return Table(
+        title="Both models over one byte axis",
+        columns=[
+            "Bytes", "Model", "Moved", "Bits", "Bits per byte", "Perplexity", "Model less other",
+        ],
+        rows=[
+            [
+                f"{case.bytes:,}",
+                side.name,
+                str(case.variant.step),
+                f"{curves.case_bits(side.measured.subject, case):.2f}",
+                with_error(*side.bits(case)),
+                sig(case.perplexity),
+                with_error(gap.value, gap.error) if (gap := gaps.get(case.bytes)) else "",
+            ]
+            for case, side in cases
+        ],
+        note=f"Model less other: {found.one.name} less {found.other.name} in bits per byte at that"
+        " size, each read between its two nearest points; empty where one of them has no such"
+        " size. Perplexities are per token and comparable within a model only, unless both have"
+        " the same tokens.",
+    )  # fmt: skip
+
+
+def _chart(found: Contest, options: Options) -> Chart:
+    sides = (found.one, found.other)
+    scale, unit = equal_bytes.unit([c.bytes for s in sides for c in s.curve])
+    series: list[Series] = [
+        pictures.line(
+            label,
+            [c.bytes / scale for c in side.curve],
+            [side.bits(c) for c in side.curve],
+            [c.title for c in side.curve],
+        )
+        for label, side in zip(_labels(found, options), sides, strict=True)
+    ]
+    crossed = [
+        Mark(axis="x", at=c.bytes / scale, label="they cross")
+        for c in equal_bytes.crossings(found.gaps)
+    ]
+    return Chart(
+        name="bits-per-byte", kind="lines", title="Two models over one byte axis",
+        x=f"File size, {unit}", y="Bits per byte of text", series=series, marks=crossed,
+    )  # fmt: skip
+
+
+def _difference(found: Contest) -> list[Chart]:
+    if not found.gaps:
+        return []
+    line = (f"{found.one.name} less {found.other.name}", found.gaps)
+    return [equal_bytes.chart("The same as a difference", [line], "Bits per byte of text")]
+
+
+def _notes(found: Contest, options: Options) -> list[str]:
+    notes = [
+        f"{side.name}: {side.measured.subject.header.weights:,} weights,"
+        f" {len(side.measured.reference.tokens.nll):,} scored tokens that stand for"
+        f" {side.measured.scored_bytes:,} bytes of text."
+        for side in (found.one, found.other)
+    ]
+    notes.append(
+        "Both models saw the same tokens, so differences between them are paired."
+        if found.paired
+        else "The models cut the text into different tokens, and the same number of windows reaches"
+        " differently far into it: errors are independent and added in quadrature, and part of a"
+        " difference may come from the text. More --eval-windows makes both smaller."
+    )
+    for i, side in enumerate((found.one, found.other)):
+        notes += [
+            f"{side.name}: {told}"
+            for told in curves.fallbacks(side.measured.subject, options.pair(i))
+        ]
+    return notes
