@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bitplan import artifacts, budget, formats, inference, measure, plan, refine
-from bitplan.measured import Place
+from bitplan import artifacts, budget, formats, inference, measure, measured, plan, refine
+
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.text import Windows, windows
 
@@ -63,7 +63,7 @@ def test_a_repeated_refinement_measures_nothing_again(
 def bench(
     model: LlamaModel, table: artifacts.Sensitivity, windows: Windows, out: Path
 ) -> refine.Bench:
-    place = Place(out / "measured", table.model.sha256, table.imatrix, model.threads)
+    place = measured.place(model, out, table.model.sha256, table.imatrix)
     return refine.Bench(model, windows, {}, place)
 
 

@@ -110,7 +110,14 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
             sensitivity, budget, pins=options.rules(request.keep, "--keep"), floors=floors
         )
         ring = contest.Ring(
-            model, facts, out, matrix, request.speed, request.allow_requantize, progress
+            model,
+            facts,
+            out,
+            matrix,
+            speed=request.speed,
+            allow_requantize=request.allow_requantize,
+            fresh=request.fresh,
+            progress=progress,
         )
         result = contest.run(
             ring,

@@ -20,7 +20,7 @@ from bitplan.artifacts import Evaluation, ModelFacts, Plan, Quantized, Sensitivi
 from bitplan.evaluate import Contender
 from bitplan.imatrix import Imatrix
 from bitplan.measure import added_keys
-from bitplan.measured import Place, Work
+from bitplan.measured import Work
 from bitplan.presets import Preset
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.text import Windows
@@ -49,6 +49,8 @@ class Ring:
     imatrix: Imatrix | None = None
     speed: bool = True
     allow_requantize: bool = False
+    fresh: bool = False
+    """Measure again what an earlier run left in OUT/measured."""
     progress: Progress = lambda *_: None
 
     @property
@@ -79,6 +81,7 @@ def run(
         ring.importance,
         ring.out,
         floors=floors,
+        fresh=ring.fresh,
         progress=ring.progress,
     )
     chosen.save(ring.out / "plan.json")
@@ -170,7 +173,9 @@ def best_preset(ring: Ring, fitting: Sequence[Preset], windows: Windows) -> Pres
         return fitting[0] if fitting else None
     works = [Work(p.name, p.types) for p in fitting]
     imatrix = ring.imatrix.hash() if ring.imatrix else ""
-    place = Place(ring.out / "measured", ring.facts.sha256, imatrix, ring.model.threads)
+    place = measured.place(ring.model, ring.out, ring.facts.sha256, imatrix)
+    if ring.fresh:
+        measured.forget(ring.model, works, windows.tokens, place)
     found = measured.run(ring.model, works, windows.tokens, ring.importance, place, ring.progress)
     best = min(found, key=lambda name: float(found[name].kl.mean()))
     return next(p for p in fitting if p.name == best)

@@ -73,6 +73,14 @@ class Place:
         return self.folder / f"{digest[:40]}.npz"
 
 
+def place(model: LlamaModel, out: Path, sha256: str, imatrix: str) -> Place:
+    """Where measurements of an open model go: OUT/measured.
+
+    sha256, imatrix: content hashes of the model and the importance matrix ("" without one).
+    """
+    return Place(out / "measured", sha256, imatrix, model.threads, model.gpu_layers)
+
+
 def run(
     model: LlamaModel,
     works: Sequence[Work],

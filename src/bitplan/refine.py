@@ -39,13 +39,15 @@ class Bench:
     importance: Importance
     place: Place
     progress: Progress = lambda *_: None
+    fresh: bool = False
 
     def kl(self, variants: Mapping[str, Mapping[str, str]]) -> dict[str, float]:
         """Mean KL of each variant (formats by tensor), by hot swap on the calibration windows."""
         works = [Work(name, types) for name, types in variants.items()]
-        found = measured.run(
-            self.model, works, self.windows.tokens, self.importance, self.place, self.progress
-        )
+        tokens = self.windows.tokens
+        if self.fresh:
+            measured.forget(self.model, works, tokens, self.place)
+        found = measured.run(self.model, works, tokens, self.importance, self.place, self.progress)
         return {name: float(t.kl.mean()) for name, t in found.items()}
 
 
@@ -59,14 +61,16 @@ def run(
     *,
     floors: Mapping[str, str] | None = None,
     rounds: int = 3,
+    fresh: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Plan:
     """The best measured of the first plan and its corrected successors, within the same budget.
 
-    What it measures is kept in OUT/measured, and not measured again when the run is repeated.
+    What it measures is kept in OUT/measured, and not measured again when the run is repeated,
+    unless it is to be `fresh`.
     """
-    place = Place(out / "measured", sensitivity.model.sha256, sensitivity.imatrix, model.threads)
-    bench = Bench(model, windows, importance, place, progress)
+    place = measured.place(model, out, sensitivity.model.sha256, sensitivity.imatrix)
+    bench = Bench(model, windows, importance, place, progress, fresh)
     current, factors = first, dict[str, float]()
     tried: list[tuple[float, Plan]] = []
     asked = 0

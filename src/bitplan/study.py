@@ -185,13 +185,8 @@ def _extras(
 
 
 def _place(subject: Subject) -> measured.Place:
-    return measured.Place(
-        subject.out / "measured",
-        subject.facts.sha256,
-        subject.imatrix.hash() if subject.imatrix else "",
-        subject.model.threads,
-        subject.setting.gpu_layers,
-    )
+    imatrix = subject.imatrix.hash() if subject.imatrix else ""
+    return measured.place(subject.model, subject.out, subject.facts.sha256, imatrix)
 
 
 def _types(subject: Subject, variant: Variant) -> dict[str, str]:

@@ -59,7 +59,7 @@ class LlamaModel:
         self.header = gguf_file.read(path)
         self.path, self.ctx, self.threads = Path(path), ctx, threads or available_cores()
         self._resources = contextlib.ExitStack()
-        self._gpu_layers = gpu_layers
+        self.gpu_layers = gpu_layers
         self.parallel = max(1, BATCH // ctx)
         with contextlib.ExitStack() as undo:
             undo.callback(self._resources.close)
@@ -79,7 +79,7 @@ class LlamaModel:
     def _load(self, swap: bool) -> Any:
         params = capi.llama_model_default_params()
         params.load_mode = _LOAD_MODES["read" if swap else "mmap"]
-        params.n_gpu_layers = self._gpu_layers
+        params.n_gpu_layers = self.gpu_layers
         params.use_extra_bufts = not swap
         with log.captured() as lines:
             capi.llama_backend_init()
