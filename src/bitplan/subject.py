@@ -75,6 +75,11 @@ class Subject:
 
     # --- from the header alone -------------------------------------------------------------
 
+    @property
+    def threads(self) -> int:
+        """That models run with; 0: all cores."""
+        return self.setting.threads
+
     @cached_property
     def header(self) -> Header:
         return gguf_file.read(self.path)

@@ -34,16 +34,17 @@ class Resident:
 def measure(case: Case) -> list[Measurement]:
     if case.path is None or not case.speed:
         return []
-    found = growth(case.path)
+    found = growth(case.path, threads=case.threads)
     if found is None:
         return []
     return [Measurement(metric="memory", value=float(found.window), n=1, unit="bytes")]
 
 
-def growth(path: Path, ctx: int = CTX, mode: str = "mmap") -> Resident | None:
+def growth(path: Path, ctx: int = CTX, mode: str = "mmap", threads: int = 0) -> Resident | None:
     """Open a model in a child process and run one window; None where that fails or the system
-    does not say (Windows)."""
-    run = [sys.executable, "-m", "bitplan.metrics.memory", str(path), str(ctx), mode]
+    does not say (Windows). threads: 0 takes all cores."""
+    given = (str(path), str(ctx), mode, str(threads))
+    run = [sys.executable, "-m", "bitplan.metrics.memory", *given]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     try:
         return Resident(**json.loads(done.stdout)) if done.returncode == 0 else None
@@ -63,10 +64,11 @@ def resident() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def main(path: str, ctx: int, mode: str) -> int:
+def main(path: str, ctx: int, mode: str, threads: int) -> int:
     from llama_cpp import llama_cpp as capi
 
     from bitplan.runtimes import log
+    from bitplan.runtimes.llamacpp import available_cores
 
     with log.captured():
         capi.llama_backend_init()
@@ -79,6 +81,7 @@ def main(path: str, ctx: int, mode: str) -> int:
         model = capi.llama_model_load_from_file(path.encode(), params)
         settings = capi.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max = ctx, 1
+        settings.n_threads = settings.n_threads_batch = threads or available_cores()
         context = capi.llama_init_from_model(model, settings) if model else None
         if not context:
             return 1
@@ -93,4 +96,4 @@ def main(path: str, ctx: int, mode: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])))

@@ -57,6 +57,11 @@ class Subject(Protocol):
     def layers(self) -> list[int]: ...
 
     @property
+    def threads(self) -> int:
+        """That models run with; 0: all cores."""
+        ...
+
+    @property
     def index(self) -> int:
         """Which of the study's models it is, counted from 0."""
         ...

@@ -78,7 +78,8 @@ def measure(subject: Subject, options: Options, case: Case, file: Path) -> list[
         _bytes(PREDICTED, [case.tensor_bytes + beside]),
     ]
     for mode in memory.MODES:
-        runs = [r for _ in range(RUNS) if (r := memory.growth(file, options.context, mode))]
+        tries = [memory.growth(file, options.context, mode, subject.threads) for _ in range(RUNS)]
+        runs = [r for r in tries if r]
         if len(runs) < RUNS:
             raise RuntimeFailure(f"{file}: its memory could not be measured (opened by {mode}).")
         found.append(_bytes(metric("loaded", mode), [r.loaded for r in runs]))
