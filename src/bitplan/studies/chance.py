@@ -35,10 +35,8 @@ class Luck:
     """Token by token, the mean over the orders."""
     means: tuple[float, ...]
     """Mean over tokens of each order."""
-
-    @property
-    def distinct(self) -> int:
-        return len(set(self.means))
+    distinct: int
+    """How many of the orders differ at all."""
 
     @property
     def spread(self) -> float:
@@ -46,9 +44,10 @@ class Luck:
         return float(np.std(self.means, ddof=1)) if self.distinct > 1 else math.nan
 
 
-def luck(curves: Sequence[Floats]) -> Luck:
-    """curves: the curve's mean of each random order, token by token."""
-    return Luck(np.mean(curves, axis=0), tuple(float(c.mean()) for c in curves))
+def luck(curves: Sequence[Floats], orders: Sequence[Sequence[int]]) -> Luck:
+    """curves: the curve's mean of each random order, token by token. orders: of the layers."""
+    means = tuple(float(c.mean()) for c in curves)
+    return Luck(np.mean(curves, axis=0), means, len({tuple(o) for o in orders}))
 
 
 def limit(error: float, spread: float, count: int) -> float:

@@ -54,7 +54,9 @@ class Found:
 
     @property
     def luck(self) -> Luck | None:
-        return chance.luck([c.kl for c in self.random]) if self.random else None
+        if not self.random:
+            return None
+        return chance.luck([c.kl for c in self.random], [c.ranked for c in self.random])
 
     @property
     def all(self) -> list[Curve]:

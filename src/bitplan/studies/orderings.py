@@ -30,20 +30,22 @@ _TRIVIAL = (RANDOM, "position")
 
 
 class Options(Record):
-    high: str = Field("q4_k", description="Format that layers start in.")
-    low: str = Field("q2_k", description="Format that they are moved to.")
+    high: str = Field(default="q4_k", description="Format that layers start in.")
+    low: str = Field(default="q2_k", description="Format that they are moved to.")
     orders: str = Field(
-        "lim,zd,reverse:lim,random,position,kl",
+        default="lim,zd,reverse:lim,random,position,kl",
         description="Scorers that rank the layers, with commas; reverse:NAME turns one round.",
     )
-    random_seeds: int = Field(3, description="How many random orders.")
+    random_seeds: int = Field(default=3, description="How many random orders.")
     outside: str = Field(
-        "", description="Format of embedding and output. [default: the high format]"
+        default="", description="Format of embedding and output. [default: the high format]"
     )
     steps: int = Field(
-        0, description="Move so many layers at once. [default: 1, more beyond 48 layers]"
+        default=0, description="Move so many layers at once. [default: 1, more beyond 48 layers]"
     )
-    kept: float = Field(0.9, description="Share of the perplexity's inverse that is to be kept.")
+    kept: float = Field(
+        default=0.9, description="Share of the perplexity's inverse that is to be kept."
+    )
 
 
 class Order(NamedTuple):

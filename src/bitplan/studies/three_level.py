@@ -8,6 +8,7 @@ formats are not 8, 4 and 2 bits, so exact bits and bytes are counted and shown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,12 +29,12 @@ THREE, UNIFORM = "three levels", "uniform"
 
 
 class Options(Record):
-    high: str = Field("q8_0", description="Format of the most important layers.")
-    middle: str = Field("q4_k", description="Format of the layers between.")
-    low: str = Field("q2_k", description="Format of the least important layers.")
-    order: str = Field("lim", description="Scorer that ranks the layers; reverse:NAME too.")
+    high: str = Field(default="q8_0", description="Format of the most important layers.")
+    middle: str = Field(default="q4_k", description="Format of the layers between.")
+    low: str = Field(default="q2_k", description="Format of the least important layers.")
+    order: str = Field(default="lim", description="Scorer that ranks the layers; reverse:NAME too.")
     outside: str = Field(
-        "", description="Format of embedding and output. [default: the middle format]"
+        default="", description="Format of embedding and output. [default: the middle format]"
     )
 
 
@@ -126,7 +127,7 @@ def _rows(measured: Measured, options: Options) -> list[Row]:
 def story(cases: Cases, options: Options) -> Story:
     measured = cases.only
     rows = _rows(measured, options)
-    findings = _findings(rows[1:])
+    findings = _findings([r for r in rows if 0 < 3 * r.x < len(measured.subject.layers)])
     return Story(
         headline=_headline(rows, findings, options),
         findings=findings,
@@ -143,7 +144,10 @@ def _headline(rows: list[Row], findings: list[Finding], options: Options) -> str
 
 
 def _findings(rows: list[Row]) -> list[Finding]:
-    """Three levels against each simpler choice, averaged over every x where both exist."""
+    """Three levels against each simpler choice, averaged over every x where both exist.
+
+    rows: without those where all or no layers are in the middle, which are no three levels.
+    """
     best = [(r.three, r.two) for r in rows if r.two]
     found = [_averaged("two levels, the best that fit", [(a, b) for a, b in best if b])]
     for series in dict.fromkeys(s for r in rows for s in r.rivals):
@@ -197,17 +201,25 @@ def _table(rows: list[Row], measured: Measured) -> Table:
     found: list[list[str]] = []
     for row in rows:
         own = [c for _, c in sorted(row.rivals.items(), key=lambda i: i[1].kl[0])]
-        found += [_cells(row, row.three, measured), *(_cells(row, c, measured) for c in own)]
+        found += [_cells(row, c, rows[0].three, measured) for c in (row.three, *own)]
     return Table(
         title="Three levels and what is simpler in no more bytes",
         columns=["x", "Layers", "Bits", "File", "KL", "Perplexity", "KL less three levels'"],
         rows=found,
         note="Bits: per weight of the layers' matrices, exact. For each x three levels stand first,"
-        " the others follow, best first; every error of a difference is paired.",
+        " the others follow, best first. Perplexity: change against x = 0. Errors of changes and"
+        " differences are paired.",
     )
 
 
-def _cells(row: Row, case: Case, measured: Measured) -> list[str]:
+def _change(case: Case, start: Case) -> str:
+    gap, error = difference(case, start)
+    if case.variant.types == start.variant.types:
+        return sig(case.perplexity, 4)
+    return f"{100 * math.expm1(gap):+.2f} ± {100 * math.exp(gap) * error:.2f} %"
+
+
+def _cells(row: Row, case: Case, start: Case, measured: Measured) -> list[str]:
     own = case is row.three
     gap, error = difference(case, row.three, "kl")
     same = case.variant.types == row.three.variant.types
@@ -217,7 +229,7 @@ def _cells(row: Row, case: Case, measured: Measured) -> list[str]:
         f"{curves.case_bits(measured.subject, case):.3f}",
         human(case.bytes),
         with_error(*case.kl),
-        with_error(case.perplexity, case.perplexity_error),
+        _change(case, start),
         "" if own else "the same" if same else f"{gap:+.2g} ± {error:.1g}",
     ]
 
