@@ -20,6 +20,7 @@ Where = tuple[str | int, ...]
 MOST_BYTES = 1 << 20
 _MOST_NODES = 100_000  # aliases of aliases make a small file enormous
 _CORE = "tag:yaml.org,2002:"
+_PLAIN = {_CORE + kind for kind in ("null", "bool", "int", "float", "timestamp", "str")}
 
 
 @dataclass
@@ -95,7 +96,7 @@ class _Builder:
             return self._mapping(node, where)
         if isinstance(node, yaml.SequenceNode) and node.tag == f"{_CORE}seq":
             return [self.build(child, (*where, i)) for i, child in enumerate(node.value)]
-        if not isinstance(node, yaml.ScalarNode) or not node.tag.startswith(_CORE):
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN:
             raise self._error(where, f"the tag {node.tag!r} is not allowed; write plain values.")
         try:
             return self.loader.construct_object(node)

@@ -201,7 +201,7 @@ _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.er
 def load(path: Path, size: int) -> Tokens:
     """What this or an earlier run measured: `size` figures of each kind."""
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as data:
             arrays = [data[f].astype(np.float64) for f in _FIGURES]
         if any(a.shape != (size,) for a in arrays):
             raise ValueError(f"not {size} figures")

@@ -143,7 +143,7 @@ def load(path: Path) -> Options:
     try:
         options = Options.model_validate(source.data)
     except ValidationError as error:
-        raise source.error(_problem(source, dict(e)) for e in error.errors()) from None
+        raise source.error(_problems(source, [dict(e) for e in error.errors()])) from None
     problems = [source.at(where, why) for where, why in _contradictions(options)]
     if problems:
         raise source.error(problems)
@@ -189,14 +189,25 @@ _MODELS: dict[int, type[BaseModel]] = {1: Options, 3: OwnVariant, 5: Rule}
 """What a key belongs to, by how deep it stands."""
 
 
+def _problems(source: Located, errors: list[dict[str, Any]]) -> list[str]:
+    """All findings in words; a key that is only misspelt is not also reported as missing."""
+    unknown = [tuple(e["loc"]) for e in errors if e["type"] == "extra_forbidden"]
+    meant = {(*where[:-1], *_nearest(where)) for where in unknown}
+    return [_problem(source, e) for e in errors if tuple(e["loc"]) not in meant]
+
+
+def _nearest(where: Where) -> list[str]:
+    known = _MODELS[len(where)].model_fields
+    return difflib.get_close_matches(str(where[-1]), known, n=1, cutoff=0.5)
+
+
 def _problem(source: Located, error: dict[str, Any]) -> str:
     """One of pydantic's findings, in words, with its place."""
     where: Where = tuple(error["loc"])
     kind, given = error["type"], error["input"]
     name = str(where[-1]) if where else "file"
     if kind == "extra_forbidden":
-        known = sorted(_MODELS[len(where)].model_fields)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        known, near = sorted(_MODELS[len(where)].model_fields), _nearest(where)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}."
         return source.at(where, f"unknown key {name!r}: {hint}", key=True)
     if kind == "missing":
