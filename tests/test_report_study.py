@@ -75,7 +75,7 @@ def test_the_story_is_on_the_page(folder: Path) -> None:
     for word in ("shown", "no difference measured", "1 of 2 differences shown", "best", "Copy",
                  "Bars begin at 12.90, not at zero.", "without layers 21–22", "layers 0–7: q8_0",
                  "layers 8–23: q4_0, but q6_k for ffn_down", "efefef", "as_published: False",
-                 "the same as real files"):  # fmt: skip
+                 "the same as real files", "llama-quantize \\\n  --tensor-type"):  # fmt: skip
         assert word in text, word
 
 
@@ -284,6 +284,17 @@ def evil() -> Results:
     )  # fmt: skip
 
 
+def test_labels_of_lines_avoid_points_and_a_point_has_one_label() -> None:
+    point = Point(x=9, y=1.0, label="same")
+    chart = Chart(
+        name="c", kind="scatter", title="", x="", y="", marks=[Mark(axis="y", at=1, label="line")],
+        series=[Series(name=n, points=[Point(x=0, y=3), point]) for n in "ab"],
+    )  # fmt: skip
+    seen = study_axes.axes(chart, WIDE)
+    assert [side for _, side in seen.y_marks] == ["left"]
+    assert list(seen.labels) == [(0, 1)]
+
+
 def test_file_names_are_safe_and_each_once() -> None:
     charts = [synthetic.bars().model_copy(update={"name": n}) for n in ("a", "a", "../a", "", "é")]
     assert study_axes.slugs(charts) == ["a", "a-2", "a-3", "chart", "chart-2"]
@@ -292,7 +303,7 @@ def test_file_names_are_safe_and_each_once() -> None:
 @pytest.mark.parametrize(
     ("cell", "parts"),
     [("+1.49 ± 0.61 %", ("+1.49 %", "± 0.61 %")), ("12.9 ± 0.2", ("12.9", "± 0.2")),
-     ("q8_0", ("q8_0", ""))],
+     ("98.7 % ± 0.4 %", ("98.7 %", "± 0.4 %")), ("q8_0", ("q8_0", ""))],
 )  # fmt: skip
 def test_a_value_and_its_error(cell: str, parts: tuple[str, str]) -> None:
     assert study_story.apart(cell) == parts
@@ -306,6 +317,12 @@ def test_columns_of_numbers_are_known() -> None:
     )  # fmt: skip
     assert study_story.numeric(table) == [False, True, True, True, False, False]
     assert study_story.header_column(table) == 0
+    rows = [["1", "Layer 0", "most"], ["2", "Layer 1", "less"]]
+    ranked = Table(title="", columns=["Rank", "Layer", "Loses"], rows=rows)
+    assert study_story.header_column(ranked) == 1
+    dots = Table(title="", columns=["Layer", "Kept"], rows=[["0", "o"], ["1", "o"]])
+    assert study_story.header_column(dots) == 0
+    assert study_story.numeric(Table(title="", columns=["a"], rows=[["1 by lim"]])) == [False]
 
 
 def test_an_interval_that_holds_zero_touches_it() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite as finite
 
 from bitplan.reporting.scales import GREY, NARROW, OTHER, PLAN, Spot, log_ticks, place
@@ -122,11 +122,11 @@ def axes(chart: Chart, pixels: Pixels) -> Axes:
     along = _span(ys, 0.07, log_y)
     room = (max((row for _, row, _ in rows), default=-1) + 1) * (_LINE + 1) / pixels[1]
     along = _raised(along, room, log_y)
-    bare = Axes(across, along, log_y, rows, _ends(y_marks, along, log_y, pixels), {})
+    seen = Axes(across, along, log_y, rows, [], {})
+    bare = replace(seen, y_marks=_ends(y_marks, points, seen, pixels))
     if chart.kind != "scatter":
         return bare
-    labels = _labels(chart, bare, pixels)
-    return Axes(across, along, log_y, bare.x_marks, bare.y_marks, labels)
+    return replace(bare, labels=_labels(chart, bare, pixels))
 
 
 def ticks(span: Span) -> list[tuple[float, str]]:
@@ -189,26 +189,35 @@ def _rows(marks: Sequence[Mark], across: Span, pixels: Pixels) -> list[tuple[Mar
     return found
 
 
-def _ends(marks: Sequence[Mark], along: Span, log: bool, pixels: Pixels) -> list[tuple[Mark, str]]:
-    """Labels of horizontal lines: at the right, or at the left of a neighbour that is near."""
+def _ends(
+    marks: Sequence[Mark], points: Sequence[Point], seen: Axes, pixels: Pixels
+) -> list[tuple[Mark, str]]:
+    """Labels of horizontal lines stand at the end where fewer points and labels are in the way."""
+    taken = [(_share(p.x, seen.x, False) * pixels[0], seen.height(p.y) * pixels[1]) for p in points]
     found: list[tuple[Mark, str]] = []
-    last: tuple[float, str] | None = None
     for mark in sorted(marks, key=lambda m: m.at):
-        at = _share(mark.at, along, log) * pixels[1]
-        near = last is not None and at - last[0] < _LINE
-        side = "left" if near and last is not None and last[1] == "right" else "right"
-        last = at, side
+        low = seen.height(mark.at) * pixels[1] - 5
+        width = len(plain(mark.label)) * _LETTER + 6
+        reach = {"right": (pixels[0] - width, float(pixels[0])), "left": (0.0, width)}
+        crowd = {
+            side: sum(a <= x <= b and low <= y <= low + 2 * _LINE for x, y in taken)
+            for side, (a, b) in reach.items()
+        }
+        side = min(crowd, key=lambda s: crowd[s])
+        a, b = reach[side]
+        taken += [(a + (b - a) * n / 9, low + 9) for n in range(10)]
         found.append((mark, side))
     return found
 
 
 def _labels(chart: Chart, seen: Axes, pixels: Pixels) -> dict[tuple[int, int], str]:
     """Places of the points' names; `place` thinks in logarithms, so heights are handed as such."""
-    spots, keys = [], []
+    found_at: dict[Spot, tuple[int, int]] = {}
     for i, series in enumerate(chart.series):
         for j, point in enumerate(drawn(chart, series)):
-            keys.append((i, j))
-            spots.append(Spot(point.x, math.exp(seen.height(point.y)), plain(point.label)))
+            spot = Spot(point.x, math.exp(seen.height(point.y)), plain(point.label))
+            found_at.setdefault(spot, (i, j))  # a point in two series has one label
+    spots, keys = list(found_at), list(found_at.values())
     avoid = [(x, math.exp(h)) for x, h in _covered(chart, seen, pixels)]
     found = place(spots, avoid, seen.x, (1.0, math.e), pixels)
     return {
@@ -228,9 +237,10 @@ def _covered(chart: Chart, seen: Axes, pixels: Pixels) -> list[tuple[float, floa
         count = int(len(mark.label) * _LETTER / 6)
         found += [(start + way * n, seen.height(mark.at) + 8 / pixels[1]) for n in range(count)]
     if (best := region(chart, seen)) and chart.best_label:
-        left, _, bottom, _ = best
+        left, _, low, top = best
+        under = best_edge(best, seen, pixels) == "bottom"
         count = int(len(chart.best_label) * _LETTER / 6)
-        high = seen.height(bottom) + 9 / pixels[1]
+        high = seen.height(low if under else top) + (9 if under else -9) / pixels[1]
         found += [(left + step * n, high) for n in range(count)]
     return found
 
@@ -241,6 +251,13 @@ def region(chart: Chart, seen: Axes) -> tuple[float, float, float, float] | None
         return None
     left, right, low, high = chart.best
     return max(left, seen.x[0]), min(right, seen.x[1]), max(low, seen.y[0]), min(high, seen.y[1])
+
+
+def best_edge(best: tuple[float, float, float, float], seen: Axes, pixels: Pixels) -> str:
+    """Where in its region the label stands: at the bottom, unless a line's label may be there."""
+    low = seen.height(best[2]) * pixels[1]
+    near = (seen.height(m.at) * pixels[1] - low for m, _ in seen.y_marks)
+    return "top" if any(-2 * _LINE < gap < 2 * _LINE for gap in near) else "bottom"
 
 
 def marked(chart: Chart) -> dict[tuple[int, int], str]:

@@ -18,6 +18,7 @@ from bitplan.reporting.study_axes import (
     Look,
     Pixels,
     axes,
+    best_edge,
     colour_of,
     drawn,
     look,
@@ -50,6 +51,8 @@ def plane(chart: Chart) -> Figure:
             data.append(_band(chart, points, look(i), wide))
         data.append(_trace(chart, series, i) | _texts(i, points, wide))
         data[-1]["meta"] = {"narrow": _texts(i, points, narrow)}
+    if chart.kind == "scatter" and marked(chart):
+        data.append(_rings(chart))
     made = _layout(chart, wide, WIDE)
     made["meta"] = {"narrow": _layout(chart, narrow, NARROW)}
     return {"data": data, "layout": made}
@@ -60,7 +63,6 @@ def _trace(chart: Chart, series: Series, index: int) -> Figure:
     line = chart.kind == "lines" and series.style != "points"
     small = line and len(points) > 12
     words = marked(chart)
-    colours = [PLAN if (index, j) in words and not line else own.colour for j in range(len(points))]
     trace: Figure = {
         "type": "scatter",
         "mode": ("lines+" if line else "") + "markers" + ("+text" if not line else ""),
@@ -68,13 +70,23 @@ def _trace(chart: Chart, series: Series, index: int) -> Figure:
         "x": [p.x for p in points],
         "y": [p.y for p in points],
         "line": {"color": own.colour, "width": 2, "dash": own.dash[0]},
-        "marker": {"color": colours, "symbol": own.symbol[0], "size": 6 if small else 9},
+        "marker": {"color": own.colour, "symbol": own.symbol[0], "size": 6 if small else 9},
         "hoverinfo": "text",
         "hovertext": [told(chart, series, p, words.get((index, j))) for j, p in enumerate(points)],
     }
     if any(p.error for p in points) and series.style != "band":
         trace["error_y"] = _errors(chart, points) | {"color": own.colour}
     return trace
+
+
+def _rings(chart: Chart) -> Figure:
+    """A ring round each point that has a word of its own."""
+    points = [drawn(chart, chart.series[i])[j] for i, j in marked(chart)]
+    return {
+        "type": "scatter", "mode": "markers", "hoverinfo": "skip", "showlegend": False,
+        "x": [p.x for p in points], "y": [p.y for p in points],
+        "marker": {"symbol": "circle-open", "size": 17, "color": PLAN, "line": {"width": 2.5}},
+    }  # fmt: skip
 
 
 def told(chart: Chart, series: Series, point: Point, mark: str | None = None) -> str:
@@ -151,7 +163,7 @@ def _layout(chart: Chart, seen: Axes, pixels: Pixels) -> Figure:
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"},
         "margin": {"l": 58 if small else 72, "r": 8 if small else 16, "t": 12, "b": 52},
         "shapes": ([_rectangle(best)] if best else []) + _lines(chart, seen),
-        "annotations": _words(chart, seen, best),
+        "annotations": _words(chart, seen, best, pixels),
     }
 
 
@@ -179,7 +191,7 @@ def _lines(chart: Chart, seen: Axes) -> list[Figure]:
 
 
 def _words(
-    chart: Chart, seen: Axes, best: tuple[float, float, float, float] | None
+    chart: Chart, seen: Axes, best: tuple[float, float, float, float] | None, pixels: Pixels
 ) -> list[Figure]:
     """The labels of marks and of the best region."""
     found: list[Figure] = [
@@ -199,10 +211,12 @@ def _words(
         for mark, side in seen.y_marks
     ]  # fmt: skip
     if best and chart.best_label:
-        low = math.log10(best[2]) if seen.log_y else best[2]
+        edge = best_edge(best, seen, pixels)
+        at = best[3] if edge == "top" else best[2]
         found.append(
             {
-                "x": best[0], "xanchor": "left", "y": low, "yanchor": "bottom",
+                "x": best[0], "xanchor": "left", "yanchor": edge,
+                "y": math.log10(at) if seen.log_y else at,
                 "text": hover(chart.best_label), "font": {"color": look(2).colour, "size": 12},
             }
         )  # fmt: skip

@@ -18,6 +18,7 @@ from bitplan.reporting.scales import GREY, OTHER, PLAN, PLASMA, is_dark
 from bitplan.reporting.study_axes import (
     Axes,
     axes,
+    best_edge,
     colour_of,
     drawn,
     look,
@@ -91,7 +92,7 @@ def _points_of_note(canvas: Canvas, chart: Chart) -> None:
     if chart.kind == "scatter":
         for i, j in marked(chart):
             point = drawn(chart, chart.series[i])[j]
-            canvas.plot(point.x, point.y, marker=look(i).symbol[1], ms=7, color=PLAN, ls="none")
+            canvas.plot(point.x, point.y, "o", ms=11, mfc="none", mec=PLAN, mew=1.8)
 
 
 def _limits(canvas: Canvas, chart: Chart, seen: Axes) -> None:
@@ -118,7 +119,9 @@ def _marks(canvas: Canvas, chart: Chart, seen: Axes) -> None:
     if best := region(chart, seen):
         left, right, low, high = best
         canvas.fill_between([left, right], low, high, color=GREEN, alpha=0.13, lw=0, zorder=0)
-        _say(canvas, chart.best_label, (left, low), "both", (3, 3), "left", "bottom", GREEN)
+        edge = best_edge(best, seen, _PIXELS)
+        at, shift = ((left, high), (3, -3)) if edge == "top" else ((left, low), (3, 3))
+        _say(canvas, chart.best_label, at, "both", shift, "left", edge, GREEN)
 
 
 def _say(

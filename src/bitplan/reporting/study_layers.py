@@ -31,9 +31,12 @@ def shades(chart: Chart) -> list[list[float]]:
 
 
 def shared(chart: Chart) -> bool:
-    """Whether all strips hold the same values, so that a scale with numbers is true for all."""
-    rows = [sorted(p.y for p in drawn(chart, s)) for s in chart.series]
-    return bool(rows) and bool(rows[0]) and all(row == rows[0] for row in rows)
+    """Whether all strips go from the same least to the same most, so that one scale holds for all.
+
+    So it is with the same values before and after sorting.
+    """
+    rows = [[p.y for p in drawn(chart, s)] for s in chart.series]
+    return all(rows) and len({(min(row), max(row)) for row in rows}) == 1
 
 
 def ends(chart: Chart) -> tuple[str, str]:

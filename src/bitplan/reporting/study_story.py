@@ -16,7 +16,9 @@ from bitplan.reporting.wording import measurement, plain, ranges, sig, with_erro
 from bitplan.results import Chart, Finding, Mix, Results, Table, VariantFacts
 
 SHOWN, NOT_SHOWN = "shown", "no difference measured"
-_NUMBER = re.compile(r"^[~<>≤≥+\-±−]?\s*[\d.,]*\d[\d.,]*(e[+-]?\d+)?\s*(±.*)?\S{0,6}( \S{1,12})?$")
+_NUMBER = re.compile(
+    r"^[~<>≤≥+\-±−]?\s*[\d.,]*\d[\d.,]*(e[+-]?\d+)?([^\s\d±]{0,6}|\s[^\s\d±]{1,12})(\s*±.*)?$"
+)
 _EMPTY = {"", "-", "–", "—", "∞", "unknown", "n/a"}
 
 
@@ -229,8 +231,10 @@ def _is_numeric(column: tuple[str, ...]) -> bool:
 
 
 def header_column(table: Table) -> int:
-    """The column that names a row: the first that is no number."""
-    return next((i for i, is_number in enumerate(numeric(table)) if not is_number), 0)
+    """The column that names a row: the first that is no number and says something else in each."""
+    columns = zip(numeric(table), zip(*squared(table), strict=True), strict=False)
+    names = (i for i, (n, cells) in enumerate(columns) if not n and len({*cells}) == len(cells))
+    return next(names, 0)
 
 
 def apart(cell: str) -> tuple[str, str]:
@@ -239,7 +243,7 @@ def apart(cell: str) -> tuple[str, str]:
     if not mark:
         return cell, ""
     unit = error.partition(" ")[2]
-    return f"{value} {unit}".strip(), f"± {error}"
+    return value if value.endswith(unit) else f"{value} {unit}", f"± {error}"
 
 
 def start_of(chart: Chart) -> str:
