@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bitplan.reporting import study_layers
+from bitplan.reporting import study_bars, study_layers
 from bitplan.reporting.charts import layout
-from bitplan.reporting.scales import GREY, NARROW, OTHER, PLAN, WIDE
+from bitplan.reporting.scales import GREY, NARROW, PLAN, WIDE
 from bitplan.reporting.study_axes import (
     Axes,
     Look,
@@ -27,17 +27,22 @@ from bitplan.reporting.study_axes import (
     slugs,
     ticks,
 )
-from bitplan.reporting.wording import hover, sig, with_error
+from bitplan.reporting.study_hover import errors, told
+from bitplan.reporting.wording import hover
 from bitplan.results import Chart, Mark, Point, Series
 
 Figure = dict[str, Any]
 SHADE = "rgba(26, 157, 120, .13)"
-_BAR = 26
 
 
 def all_of(charts: Sequence[Chart]) -> dict[str, Figure]:
     """Every chart by its file name."""
-    made = {"bars": bars, "layers": study_layers.strips, "lines": plane, "scatter": plane}
+    made = {
+        "bars": study_bars.bars,
+        "layers": study_layers.strips,
+        "lines": plane,
+        "scatter": plane,
+    }
     return {name: made[c.kind](c) for name, c in zip(slugs(charts), charts, strict=True)}
 
 
@@ -75,7 +80,7 @@ def _trace(chart: Chart, series: Series, index: int) -> Figure:
         "hovertext": [told(chart, series, p, words.get((index, j))) for j, p in enumerate(points)],
     }
     if any(p.error for p in points) and series.style != "band":
-        trace["error_y"] = _errors(chart, points) | {"color": own.colour}
+        trace["error_y"] = errors(chart, points) | {"color": own.colour}
     return trace
 
 
@@ -86,34 +91,6 @@ def _rings(chart: Chart) -> Figure:
         "type": "scatter", "mode": "markers", "hoverinfo": "skip", "showlegend": False,
         "x": [p.x for p in points], "y": [p.y for p in points],
         "marker": {"symbol": "circle-open", "size": 17, "color": PLAN, "line": {"width": 2.5}},
-    }  # fmt: skip
-
-
-def told(chart: Chart, series: Series, point: Point, mark: str | None = None) -> str:
-    """What a point says when it is pointed at."""
-    value = f"{hover(chart.y)}: {with_error(point.y, point.error)}"
-    if chart.kind == "bars":
-        value = f"{hover(chart.x)}: {with_error(point.y, point.error)}"
-    head = " ".join(hover(t) for t in (series.name, point.label) if t)
-    lines = [f"<b>{head}</b>" if head else "", hover(mark or "")]
-    if chart.kind in ("lines", "scatter"):
-        lines.append(f"{hover(chart.x)}: {sig(point.x, 4)}")
-    lines += [value, *(hover(t) for t in _folded(point.detail))]
-    return "<br>".join(t for t in lines if t)
-
-
-def _folded(text: str) -> list[str]:
-    import textwrap
-
-    return [part for line in text.splitlines() for part in textwrap.wrap(line, 60)][:8]
-
-
-def _errors(chart: Chart, points: Sequence[Point]) -> Figure:
-    """One standard error; on a logarithmic axis it may not reach zero."""
-    down = [min(p.error, 0.95 * p.y) if chart.log_y else p.error for p in points]
-    return {
-        "type": "data", "symmetric": False, "array": [p.error for p in points],
-        "arrayminus": down, "thickness": 1.2, "width": 3,
     }  # fmt: skip
 
 
@@ -227,86 +204,3 @@ def _coloured(mark: Mark, chart: Chart) -> Figure:
     """Words in the colour of their line, unless that is grey, which the page's own words suit."""
     colour = colour_of(mark, chart)
     return {} if colour == GREY else {"font": {"color": colour, "size": 12}}
-
-
-def bars(chart: Chart) -> Figure:
-    """Bars from the baseline to the value, the value beside each."""
-    start = chart.baseline or 0.0
-    words, several = marked(chart), len(chart.series) > 1
-    data, count = [], 0
-    for i, series in enumerate(chart.series):
-        points = drawn(chart, series)
-        count += len(points)
-        colours = [PLAN if (i, j) in words else _colour(i, several) for j in range(len(points))]
-        data.append(
-            {
-                "type": "bar", "orientation": "h", "name": hover(series.name) or " ",
-                "y": _unique([hover(p.label) for p in points]), "base": start,
-                "x": [p.y - start for p in points],
-                "marker": {"color": colours, "line": {"width": 0}},
-                "hoverinfo": "text",
-                "hovertext": [
-                    told(chart, series, p, words.get((i, j))) for j, p in enumerate(points)
-                ],
-            }
-        )  # fmt: skip
-        if any(p.error for p in points):
-            data[-1]["error_x"] = _errors(chart, points) | {"color": GREY, "thickness": 1.4}
-        data.append(_values(points, start, {j: w for (k, j), w in words.items() if k == i}))
-    made = _bar_layout(chart, start, count)
-    made["meta"] = {"narrow": {"xaxis": made["xaxis"] | {"nticks": 4}}}
-    return {"data": data, "layout": made}
-
-
-def _colour(index: int, several: bool) -> str:
-    return look(index).colour if several else OTHER
-
-
-def _values(points: Sequence[Point], start: float, words: dict[int, str]) -> Figure:
-    """The figures, beyond the bars and their errors."""
-    texts = [
-        f" {sig(p.y, 4)}" + (f"  <b>{hover(words[j])}</b>" if j in words else "")
-        for j, p in enumerate(points)
-    ]
-    return {
-        "type": "scatter", "mode": "text", "text": texts, "textposition": "middle right",
-        "x": [max(p.y + p.error, start) for p in points],
-        "y": _unique([hover(p.label) for p in points]),
-        "cliponaxis": False, "hoverinfo": "skip", "showlegend": False,
-    }  # fmt: skip
-
-
-def _unique(labels: Sequence[str]) -> list[str]:
-    """Bars of one name would lie on one another; a space that nobody sees sets them apart."""
-    return [label + "\u200b" * labels[:i].count(label) for i, label in enumerate(labels)]
-
-
-def _bar_layout(chart: Chart, start: float, count: int) -> Figure:
-    points = [p for s in chart.series for p in drawn(chart, s)]
-    ends = [p.y + p.error for p in points] + [p.y - p.error for p in points] + [start]
-    low, high = (min(ends), max(ends)) if points else (0.0, 1.0)
-    wide = (high - low) or abs(high) or 1.0
-    marks = [m for m in chart.marks if m.axis == "x" and math.isfinite(m.at)]
-    return layout(height=90 + _BAR * max(count, 1)) | {
-        "barmode": "group",
-        "bargap": 0.28,
-        "xaxis": {
-            "title": {"text": hover(chart.x)}, "zeroline": False,
-            "range": [low - (0.04 * wide if low < start else 0.0), high + 0.16 * wide],
-        },
-        "yaxis": {
-            "type": "category", "autorange": "reversed", "automargin": True, "ticks": "",
-            "title": {"text": ""},
-        },
-        "margin": {"l": 8, "r": 16, "t": 8 + 16 * bool(marks), "b": 48},
-        "showlegend": len(chart.series) > 1,
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        "shapes": [
-            {"type": "line", "x0": m.at, "x1": m.at, "y0": 0, "y1": 1, "yref": "paper",
-             "line": {"color": GREY, "width": 1.2, "dash": "dot"}} for m in marks
-        ],
-        "annotations": [
-            {"x": m.at, "y": 1, "yref": "paper", "yanchor": "bottom", "text": hover(m.label),
-             "showarrow": False, "font": {"size": 12}} for m in marks
-        ],
-    }  # fmt: skip
