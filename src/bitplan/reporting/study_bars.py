@@ -43,7 +43,9 @@ def bars(chart: Chart) -> Figure:
             data[-1]["error_x"] = errors(chart, points) | {"color": GREY, "thickness": 1.4}
         data.append(_values(points, start, {j: w for (k, j), w in words.items() if k == i}))
     made = _bar_layout(chart, start, count)
-    made["meta"] = {"narrow": {"xaxis": made["xaxis"] | {"nticks": 4}}}
+    low, high = made["xaxis"]["range"]  # on a phone the figures take more of the width
+    tight = {"nticks": 4, "range": [low, high + 0.3 * (high - low)]}
+    made["meta"] = {"narrow": {"xaxis": made["xaxis"] | tight}}
     return {"data": data, "layout": made}
 
 
