@@ -71,10 +71,17 @@ def test_all_orders_begin_and_end_alike(twelve_layers: Path, tmp_path: Path) -> 
         assert len(contents) == alike
 
 
-def test_a_seed_gives_the_same_random_order_again(tiny_gguf: Path, tmp_path: Path) -> None:
-    wanted = orderings.orders(Options(orders="random", random_seeds=4))
-    assert [o.seed for o in wanted] == [0, 1, 2, 3]
-    assert [o.name for o in wanted] == ["random 0", "random 1", "random 2", "random 3"]
+def test_random_orders_are_all_different(stories: Path, tmp_path: Path) -> None:
+    """Seeds 0 and 2 draw the same order of five layers."""
+    subject = Planted(stories, tmp_path)
+    assert subject.importances("random", "q4_0", 0) == subject.importances("random", "q4_0", 2)
+    found = orderings.orders(subject, Options(orders="random"))
+    assert [o.seed for o in found] == [0, 1, 3]
+
+
+def test_there_are_no_more_orders_than_there_are(tiny_gguf: Path, tmp_path: Path) -> None:
+    found = orderings.orders(Planted(tiny_gguf, tmp_path), Options(orders="random"))
+    assert len(found) == 2
 
 
 def test_wrong_options_are_refused(twelve_layers: Path, tmp_path: Path) -> None:
@@ -218,6 +225,15 @@ def test_beyond_the_tokens_but_within_the_spread_is_no_finding() -> None:
     assert far.shown is True
 
 
+def test_random_orders_that_lie_close_by_luck_do_not_pass_for_chance() -> None:
+    shared = np.random.default_rng(2).gamma(1.0, 0.02, 5000)
+    close, orders = [shared * k for k in (0.99, 1.0, 1.01)], [[0, 1, 2], [1, 0, 2], [2, 1, 0]]
+    assert chance.against_random("t", "lim", shared * 0.9, chance.luck(close, orders)).shown
+    wide = chance.luck(close, orders, inferred=0.004)
+    assert wide.spread == 0.004
+    assert chance.against_random("t", "lim", shared * 0.9, wide).shown is False
+
+
 def test_more_random_orders_settle_what_few_cannot() -> None:
     """At three orders Student's t is 4.30, at ten 2.26."""
     assert chance.limit(0.0, 1.0, 3) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
@@ -317,9 +333,9 @@ def test_run_on_a_tiny_model(tiny_gguf: Path, tmp_path: Path) -> None:
     with Subject(tiny_gguf, tmp_path, setting) as subject:
         result = study.run("orderings", [subject], Options(), tmp_path)
     assert load(tmp_path / "results.json", Results).story == result.story
-    # reference, none, all, layer 0 alone, layer 1 alone: eight orders share them
+    # reference, none, all, either layer alone: shared by five orders and the two random ones
     assert len(list((tmp_path / "measured").glob("*.npz"))) == 5
-    assert len(result.variants) == 1 + 8 * 3
+    assert len(result.variants) == 1 + 7 * 3
     ends = {(v.step, v.value("kl")) for v in result.variants if v.series and v.step in (0, 2)}
     assert len(ends) == 2
     assert [c.name for c in result.story.charts] == [

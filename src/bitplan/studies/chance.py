@@ -37,17 +37,23 @@ class Luck:
     """Mean over tokens of each order."""
     distinct: int
     """How many of the orders differ at all."""
+    inferred: float = 0.0
+    """Spread of all orders, where a sum of layers' costs tells it."""
 
     @property
     def spread(self) -> float:
-        """Standard deviation between orders; NaN where fewer than two differ."""
-        return float(np.std(self.means, ddof=1)) if self.distinct > 1 else math.nan
+        """Standard deviation between orders; NaN where fewer than two differ.
+
+        A few orders may lie close together by luck, so it is never less than the inferred one.
+        """
+        measured = float(np.std(self.means, ddof=1)) if self.distinct > 1 else math.nan
+        return max(measured, self.inferred) if self.distinct > 1 else math.nan
 
 
-def luck(curves: Sequence[Floats], orders: Sequence[Sequence[int]]) -> Luck:
+def luck(curves: Sequence[Floats], orders: Sequence[Sequence[int]], inferred: float = 0.0) -> Luck:
     """curves: the curve's mean of each random order, token by token. orders: of the layers."""
     means = tuple(float(c.mean()) for c in curves)
-    return Luck(np.mean(curves, axis=0), means, len({tuple(o) for o in orders}))
+    return Luck(np.mean(curves, axis=0), means, len({tuple(o) for o in orders}), inferred)
 
 
 def limit(error: float, spread: float, count: int) -> float:
@@ -84,7 +90,7 @@ def against_random(title: str, name: str, own: Floats, random: Luck) -> Finding:
     )
     text = (
         f"{verdict}: mean KL over the curve {gap:+.2g} nats per token against their mean; with"
-        f" {count} of them that differ by ± {spread:.1g} (tokens: ± {error:.1g}), {needed:.2g}"
+        f" {count} of them, spread ± {spread:.1g} (tokens: ± {error:.1g}), {needed:.2g}"
         f" would be shown. It beats {beaten} of {count}."
     )
     if not shown:

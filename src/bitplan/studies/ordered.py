@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -52,11 +53,29 @@ class Found:
     kept: float
     """Share of the first point's inverse perplexity that is wanted."""
 
-    @property
+    @cached_property
     def luck(self) -> Luck | None:
         if not self.random:
             return None
-        return chance.luck([c.kl for c in self.random], [c.ranked for c in self.random])
+        spread = float(self.drawn.std()) if self.costs.explained >= chance.FITS else 0.0
+        return chance.luck([c.kl for c in self.random], [c.ranked for c in self.random], spread)
+
+    @cached_property
+    def costs(self) -> chance.Sum:
+        """What each layer costs, fitted to all variants measured."""
+        layers = sorted(self.all[0].ranked)
+        every = {
+            tuple(layer in c.ranked[: case.variant.step] for layer in layers): case.kl[0]
+            for c in self.all
+            for case in c.cases
+        }
+        return chance.fitted(np.array(list(every)), np.array(list(every.values())))
+
+    @cached_property
+    def drawn(self) -> Floats:
+        """Mean KL over the curve of all orders, by that sum."""
+        first = self.all[0]
+        return self.costs.random(chance.shares(first.bits, [c.variant.step for c in first.cases]))
 
     @property
     def all(self) -> list[Curve]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 from pydantic import Field
 
 from bitplan import scorers
@@ -56,16 +55,32 @@ class Order(NamedTuple):
     seed: int
 
 
-def orders(options: Options) -> list[Order]:
-    """The curves, random ones seed by seed. Raises UsageError, UnknownNameError."""
+def scorers_of(options: Options) -> list[str]:
+    """The scorers that are asked for. Raises UsageError, UnknownNameError."""
     named = list(dict.fromkeys(n.strip() for n in options.orders.split(",") if n.strip()))
     if not named:
         raise UsageError("--orders names no scorer; try lim,random.")
     for name in named:
         scorers.get(name)
-    seeds = range(max(options.random_seeds, 1))
-    random = [Order(f"{RANDOM} {seed}", RANDOM, seed) for seed in seeds]
-    return [o for n in named for o in (random if n == RANDOM else [Order(n, n, 0)])]
+    return named
+
+
+def orders(subject: Subject, options: Options) -> list[Order]:
+    """The curves; random ones by seed, each different from the others as far as layers allow."""
+    found = []
+    for name in scorers_of(options):
+        if name != RANDOM:
+            found.append(Order(name, name, 0))
+            continue
+        ranked: dict[tuple[int, ...], Order] = {}
+        for seed in range(10 * options.random_seeds):
+            order = Order(f"{RANDOM} {seed}", RANDOM, seed)
+            layers = tuple(curves.ranking(subject.importances(RANDOM, options.low, seed)))
+            ranked.setdefault(layers, order)
+            if len(ranked) == options.random_seeds:
+                break
+        found += ranked.values()
+    return found
 
 
 def variants(subject: Subject, options: Options) -> list[Variant]:
@@ -75,7 +90,7 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
     """
     if options.steps < 0 or options.random_seeds < 1 or not 0 < options.kept < 1:
         raise UsageError("--steps must not be negative, --random-seeds 1 or more, --kept in (0,1).")
-    return [v for order in orders(options) for v in _moved(subject, options, order)]
+    return [v for order in orders(subject, options) for v in _moved(subject, options, order)]
 
 
 def _moved(subject: Subject, options: Options, order: Order) -> list[Variant]:
@@ -101,7 +116,7 @@ def _moved(subject: Subject, options: Options, order: Order) -> list[Variant]:
 
 def _found(measured: Measured, options: Options) -> Found:
     both: tuple[list[Curve], list[Curve]] = ([], [])
-    for order in orders(options):
+    for order in orders(measured.subject, options):
         importances = measured.subject.importances(order.scorer, options.low, order.seed)
         cases = measured.series(order.name)
         bits = [curves.case_bits(measured.subject, c) for c in cases]
@@ -165,22 +180,9 @@ def _findings(found: Found) -> list[Finding]:
         curves.against(f"{a.name} against {b.name}", a.name, a.kl, b.name, b.kl)
         for a, b in _pairs(found.scored)
     ]
-    return [*lucky, _among_all(found), *pairs, _kept(found), *_ties(found)]
-
-
-def _among_all(found: Found) -> Finding:
-    """Every order there is, inferred from what all measured variants cost."""
-    layers = sorted(found.all[0].ranked)
-    every = {
-        tuple(layer in c.ranked[: case.variant.step] for layer in layers): case.kl[0]
-        for c in found.all
-        for case in c.cases
-    }
-    model = chance.fitted(np.array(list(every)), np.array(list(every.values())))
-    first = found.all[0]
-    shares = chance.shares(first.bits, [c.variant.step for c in first.cases])
     means = [(c.name, float(c.kl.mean())) for c in found.all]
-    return chance.among_all(model, model.random(shares), means)
+    among = chance.among_all(found.costs, found.drawn, means)
+    return [*lucky, among, *pairs, _kept(found), *_ties(found)]
 
 
 def _pairs(scored: Sequence[Curve]) -> list[tuple[Curve, Curve]]:
@@ -221,7 +223,7 @@ def _ties(found: Found) -> list[Finding]:
 
 def _layers(measured: Measured, options: Options) -> list[Chart]:
     """Layers coloured by importance, for each scorer; a reversed order shows nothing new."""
-    named = [o.scorer for o in orders(options) if o.scorer not in _TRIVIAL]
+    named = [name for name in scorers_of(options) if name not in _TRIVIAL]
     plain = dict.fromkeys(n.removeprefix("reverse:") for n in named)
     return [
         pictures.layers(
