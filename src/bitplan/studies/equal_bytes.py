@@ -141,7 +141,7 @@ def meeting(gaps: Sequence[Gap]) -> str:
 
 def unit(sizes: Sequence[float]) -> tuple[float, str]:
     """What to divide bytes by on an axis, and what to call that: the largest size decides."""
-    name = human(max(sizes)).split()[-1]
+    name = human(max(map(abs, sizes))).split()[-1]
     return 1000.0 ** ("B", "kB", "MB", "GB", "TB").index(name), name
 
 

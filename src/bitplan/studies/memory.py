@@ -27,9 +27,8 @@ from bitplan.studies import Case, Cases, Measured, Subject, Variant, curves, equ
 
 MODELS = 1
 
-RUNS = 3
+RUNS, POINTS = 3, 8
 DISK, PREDICTED = "disk", "memory_predicted"
-POINTS = 8
 
 
 class Options(Record):
@@ -52,19 +51,15 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
     scorers.get(options.order)
     ranked = curves.ranking(subject.importances(options.order, options.low))
     counts = curves.every(len(ranked), options.steps or math.ceil(len(ranked) / POINTS))
-    return [_moved(subject, options, ranked, count) for count in counts]
-
-
-def _moved(subject: Subject, options: Options, ranked: Sequence[int], count: int) -> Variant:
-    low = set(ranked[:count])
-    formats = {layer: options.low if layer in low else options.high for layer in ranked}
-    return Variant(
-        name=f"{options.order.replace(':', '-')}_{count}",
-        title=f"{count} of {len(ranked)} layers in {options.low}",
-        types=curves.stored(subject, formats, options.outside or options.high),
-        series="schedule",
-        step=count,
-    )
+    found = []
+    for count in counts:
+        moved = set(ranked[:count])
+        formats = {layer: options.low if layer in moved else options.high for layer in ranked}
+        types = curves.stored(subject, formats, options.outside or options.high)
+        name = f"{options.order.replace(':', '-')}_{count}"
+        title = f"{count} of {len(ranked)} layers in {options.low}"
+        found.append(Variant(name, types, title, "schedule", count))
+    return found
 
 
 # --- what is measured of each file ------------------------------------------------------------
@@ -92,11 +87,9 @@ def metric(when: str, mode: str) -> str:
 
 
 def _bytes(name: str, runs: Sequence[int]) -> Measurement:
-    several = len(runs) > 1
-    error = statistics.stdev(runs) / math.sqrt(len(runs)) if several else None
-    return Measurement(
-        metric=name, value=statistics.mean(runs), stderr=error, n=len(runs), unit="bytes"
-    )
+    error = statistics.stdev(runs) / math.sqrt(len(runs)) if len(runs) > 1 else None
+    value = statistics.mean(runs)
+    return Measurement(metric=name, value=value, stderr=error, n=len(runs), unit="bytes")
 
 
 # --- what was found ---------------------------------------------------------------------------
@@ -122,7 +115,8 @@ def _error(case: Case, name: str) -> float:
     return case.extra[name].stderr or 0.0
 
 
-WINDOW = metric("window", "mmap")
+WINDOW, MAPPED = metric("window", "read"), metric("window", "mmap")
+"""Read into memory is what a process needs for itself; the figures are told by it."""
 
 
 def saved(case: Case, start: Case, name: str = WINDOW) -> tuple[float, float]:
@@ -130,6 +124,12 @@ def saved(case: Case, start: Case, name: str = WINDOW) -> tuple[float, float]:
     one, other = _value(case, name), _value(start, name)
     relative = math.hypot(_error(case, name) / one, _error(start, name) / other)
     return 1 - one / other, one / other * relative
+
+
+def _amount(value: float, error: float) -> str:
+    """`25.022 ± 0.023 MB`."""
+    scale, unit = equal_bytes.unit([value])
+    return f"{with_error(value / scale, error / scale)} {unit}"
 
 
 def _percent(share: tuple[float, float]) -> str:
@@ -148,13 +148,13 @@ def _headline(curve: Sequence[Case], options: Options) -> str:
 
 
 def _disk(curve: Sequence[Case]) -> Finding:
-    wrong = [c for c in curve if _value(c, DISK) != c.bytes]
-    if wrong:
-        case = wrong[0]
-        text = f"{case.title}: {_value(case, DISK):,.0f} bytes instead of {case.bytes:,}."
-    else:
-        text = f"All {len(curve)} files have the predicted size, to the byte."
-    return Finding(title="On disk", text=text)
+    wrong = [
+        f"{c.title}: {_value(c, DISK):,.0f} bytes instead of {c.bytes:,}."
+        for c in curve
+        if _value(c, DISK) != c.bytes
+    ]
+    right = f"All {len(curve)} files have the predicted size, to the byte."
+    return Finding(title="On disk", text=" ".join(wrong) or right)
 
 
 def _saving(curve: Sequence[Case], options: Options) -> Finding:
@@ -165,10 +165,10 @@ def _saving(curve: Sequence[Case], options: Options) -> Finding:
     error = math.hypot(_error(start, WINDOW), _error(end, WINDOW))
     shown = abs(less) > 2 * error
     text = (
-        f"The tensors shrink by {human(gone)}, memory after a first window by {human(less)} ±"
-        f" {human(error)}: {percent(less / gone) if gone else 'none'} of it arrives."
+        f"The tensors shrink by {human(gone)}, memory after a first window by"
+        f" {_amount(less, error)}: {percent(less / gone) if gone else 'none'} of it arrives."
         if shown
-        else f"No difference measured: memory changes by {human(less)} ± {human(error)}, while the"
+        else f"No difference measured: memory changes by {_amount(less, error)}, while the"
         f" tensors shrink by {human(gone)}."
     )
     return Finding(
@@ -178,36 +178,37 @@ def _saving(curve: Sequence[Case], options: Options) -> Finding:
 
 
 def _prediction(curve: Sequence[Case]) -> Finding:
-    gaps = [_value(c, WINDOW) - _value(c, PREDICTED) for c in curve]
-    share = max((abs(g) / _value(c, WINDOW) for g, c in zip(gaps, curve, strict=True)), default=0)
+    parts = []
+    for label, mode in (("read into memory", "read"), ("mapped", "mmap")):
+        gaps = [_value(c, metric("window", mode)) - _value(c, PREDICTED) for c in curve]
+        parts.append(f"{label}, {human(min(gaps))} to {human(max(gaps))}")
     return Finding(
         title="Prediction against measurement",
-        text=f"After a first window {human(min(gaps))} to {human(max(gaps))} more is resident than"
-        f" tensors, KV cache and compute buffers add up to, {percent(share)} of the whole at most:"
-        " the vocabulary, the graph, scratch memory of the kernels, and the heap's slack.",
+        text=f"What is resident after a first window beyond tensors, KV cache and compute buffers:"
+        f" {'; '.join(parts)}. That is the vocabulary, the graph, scratch memory of the kernels and"
+        " the heap's slack; what only mapped files have is told below.",
     )
 
 
 def _opened(curve: Sequence[Case]) -> Finding:
-    """Whether it matters how the file is opened."""
-    gaps = []
-    for case in curve:
-        mapped, read = WINDOW, metric("window", "read")
-        error = math.hypot(_error(case, mapped), _error(case, read))
-        gaps.append((_value(case, mapped) - _value(case, read), error))
-    gap, error = max(gaps, key=lambda g: abs(g[0]))
+    """Whether it matters how the file is opened, where that matters most."""
+    names = MAPPED, WINDOW
+    case = max(curve, key=lambda c: abs(_value(c, names[0]) - _value(c, names[1])))
+    gap = _value(case, names[0]) - _value(case, names[1])
+    error = math.hypot(*(_error(case, n) for n in names))
     shown = abs(gap) > 2 * error
     text = (
-        f"After a first window the mapped file takes up to {human(abs(gap))} ± {human(error)}"
-        f" {'more' if gap > 0 else 'less'} than one that is read into memory."
+        f"{case.title}: mapped, the model takes {_amount(abs(gap), error)}"
+        f" {'more' if gap > 0 else 'less'} than read into memory."
         if shown
         else f"No difference measured between a file that is mapped and one that is read:"
-        f" {human(gap)} ± {human(error)} at most."
+        f" {_amount(gap, error)} at most."
     )
-    text += (
-        " Mapped pages count once they are touched, and the system may drop and read them again;"
-        " what is read belongs to the process."
-    )
+    if shown and gap > 0:
+        text += (
+            " llama.cpp repacks tensors of some formats for the CPU into memory of its own; the"
+            " mapped originals, once touched, count as well until the system drops them."
+        )
     return Finding(
         title="Mapped or read", text=text, difference=gap, stderr=error, unit="bytes", shown=shown
     )
@@ -221,9 +222,9 @@ def _table(measured: Measured, curve: Sequence[Case], options: Options) -> Table
             str(case.variant.step),
             f"{_value(case, DISK):,.0f}",
             human(_value(case, PREDICTED)),
-            human(_value(case, metric("loaded", "mmap"))),
-            f"{human(_value(case, WINDOW))} ± {human(_error(case, WINDOW))}",
-            _percent(saved(case, start)),
+            human(_value(case, metric("loaded", "read"))),
+            human(_value(case, WINDOW)),
+            _percent(saved(case, start)) if case is not start else "",
             with_error(*case.kl),
         ]
         for case in curve
@@ -235,8 +236,8 @@ def _table(measured: Measured, curve: Sequence[Case], options: Options) -> Table
             "Saved", "KL",
         ],
         rows=rows,
-        note="Predicted and measured with the file mapped, as llama.cpp opens it by default. Saved:"
-        f" of the memory after a first window, against all layers in {options.high}.",
+        note="Measured with the file read into memory, all of which is the process's own. Saved: of"
+        f" the memory after a first window, against all layers in {options.high}.",
     )  # fmt: skip
 
 
@@ -257,22 +258,20 @@ def _chart(curve: Sequence[Case], options: Options) -> Chart:
     lines = {
         "on disk": DISK,
         "predicted": PREDICTED,
-        "loaded": metric("loaded", "mmap"),
+        "loaded": metric("loaded", "read"),
         "after a first window": WINDOW,
+        "the same, mapped": MAPPED,
     }
     scale, unit = equal_bytes.unit([_value(c, n) for c in curve for n in lines.values()])
-    series = [
-        pictures.line(
-            label,
-            [c.variant.step for c in curve],
-            [(_value(c, name) / scale, _error(c, name) / scale) for c in curve],
-            [c.title for c in curve],
-        )
-        for label, name in lines.items()
-    ]
+    steps, titles = [c.variant.step for c in curve], [c.title for c in curve]
+
+    def rows(name: str) -> list[tuple[float, float]]:
+        return [(_value(c, name) / scale, _error(c, name) / scale) for c in curve]
+
     return Chart(
-        name="memory", kind="lines", x=f"Layers in {options.low}", y=f"Size, {unit}", series=series,
+        name="memory", kind="lines", x=f"Layers in {options.low}", y=f"Size, {unit}",
         title=f"Bytes as layers move from {options.high} to {options.low}",
+        series=[pictures.line(k, steps, rows(name), titles) for k, name in lines.items()],
     )  # fmt: skip
 
 
