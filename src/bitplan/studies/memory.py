@@ -133,8 +133,7 @@ def _amount(value: float, error: float) -> str:
 
 
 def _percent(share: tuple[float, float]) -> str:
-    value, error = (100 * x for x in share)
-    return f"{with_error(value, error)} %" if error else f"{value:.1f} %"
+    return f"{with_error(100 * share[0], 100 * share[1])} %"
 
 
 def _headline(curve: Sequence[Case], options: Options) -> str:
@@ -191,7 +190,6 @@ def _prediction(curve: Sequence[Case]) -> Finding:
 
 
 def _opened(curve: Sequence[Case]) -> Finding:
-    """Whether it matters how the file is opened, where that matters most."""
     names = MAPPED, WINDOW
     case = max(curve, key=lambda c: abs(_value(c, names[0]) - _value(c, names[1])))
     gap = _value(case, names[0]) - _value(case, names[1])
