@@ -5,6 +5,8 @@ A `View` in, charts as data out; how they look is decided in `reporting`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from bitplan.metrics import mean
 from bitplan.results import Chart, Mark, Point, Series
 from bitplan.studies import Case
@@ -13,7 +15,7 @@ from bitplan.studies.placement.view import MIB, View, mib, ratio
 
 
 def all_of(seen: View) -> list[Chart]:
-    found = [damages(seen), perplexities(seen), sizes(seen)]
+    found = [damages(seen), perplexities(seen), sizes(seen, "perplexity"), sizes(seen, "kl")]
     if seen.spenders:
         found.append(rates(seen))
     if seen.wide:
@@ -70,52 +72,50 @@ def _paired(seen: View, case: Case) -> float:
     return seen.measured.reference.perplexity * ratio(case, seen.measured.reference)[1]
 
 
-def sizes(seen: View) -> Chart:
-    """Size against perplexity; the region of the smaller half that loses less than half."""
+def sizes(seen: View, metric: str) -> Chart:
+    """Size against what is lost; the region of the smaller half that loses less than half."""
     every = [*seen.others, seen.uniform]
-    reference = seen.measured.reference.perplexity
+    points = {id(c): _place(seen, c, metric) for c in every}
+    front = {id(c) for c in _front(every, {k: p.y for k, p in points.items()})}
+    start = seen.measured.reference.perplexity if metric == "perplexity" else 0.0
     small, large = min(c.bytes for c in every) / MIB, max(c.bytes for c in every) / MIB
-    worst = max(c.perplexity for c in every)
-    low = min(reference, *(c.perplexity for c in every))
-    front = _front(every)
-    names = {id(c): "least KL" if c is seen.best else "" for c in every}
+    worst, low = max(p.y for p in points.values()), min(p.y for p in points.values())
+    split = [("best at its size", True), ("another is smaller and better", False)]
     return Chart(
-        name="size",
+        name=f"size-{metric}",
         kind="scatter",
-        title="Size against perplexity",
+        title=f"Size against {'KL' if metric == 'kl' else metric}",
         x="size, MiB",
-        y="perplexity",
+        y="KL, nats per token" if metric == "kl" else metric,
         series=[
             Series(
-                name="strategies",
+                name=name,
                 style="points",
-                points=[_place(seen, c, names[id(c)]) for c in every],
-            ),
-            Series(name="best at its size", points=[_place(seen, c) for c in front]),
+                points=[points[id(c)] for c in every if (id(c) in front) == inside],
+            )
+            for name, inside in split
         ],
-        marks=[Mark(axis="y", at=reference, label="reference")],
-        best=(small, (small + large) / 2, low, (reference + worst) / 2),
+        marks=[Mark(axis="y", at=start, label="reference")] if metric == "perplexity" else [],
+        best=(small, (small + large) / 2, min(start, low), (start + worst) / 2),
         best_label="small and good",
-        note="Best at its size: nothing smaller has a lower perplexity. The shaded region: the"
-        " smaller half of the sizes and the better half of the perplexities.",
+        note="The shaded region: the smaller half of the sizes, and no more than half of what the"
+        " worst loses. ± is the error of the difference from the reference.",
     )
 
 
-def _place(seen: View, case: Case, mark: str = "") -> Point:
-    return Point(
-        x=case.bytes / MIB,
-        y=case.perplexity,
-        error=_paired(seen, case),
-        label=case.title,
-        mark=mark,
-    )
+def _place(seen: View, case: Case, metric: str) -> Point:
+    if metric == "kl":
+        value, error = case.kl
+    else:
+        value, error = case.perplexity, _paired(seen, case)
+    return Point(x=case.bytes / MIB, y=value, error=error, label=case.title)
 
 
-def _front(cases: list[Case]) -> list[Case]:
-    """By size, those that are better than everything smaller."""
+def _front(cases: list[Case], lost: Mapping[int, float]) -> list[Case]:
+    """By size, those that lose less than everything smaller."""
     found: list[Case] = []
-    for case in sorted(cases, key=lambda c: (c.bytes, c.perplexity)):
-        if not found or case.perplexity < found[-1].perplexity:
+    for case in sorted(cases, key=lambda c: (c.bytes, lost[id(c)])):
+        if not found or lost[id(case)] < lost[id(found[-1])]:
             found.append(case)
     return found
 
@@ -154,8 +154,10 @@ def layers(seen: View) -> Chart:
         kind="layers",
         title="Layers that the published patterns protect",
         x="layer",
-        y="1: meant, 0.5: protected though not meant, 0: not protected",
+        y="1 meant, 0.5 hit as well",
         series=rows,
+        note="Highest: meant and protected. Between: protected though not meant. Lowest: not"
+        " protected.",
     )
 
 

@@ -8,6 +8,7 @@ that no pattern names.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 
 from bitplan.presets import FTYPES
 from bitplan.results import Command
@@ -34,7 +35,7 @@ def all_of(seen: View, base: str) -> list[Command]:
             f"{case.title}: {mib(case.bytes)} MiB, perplexity {signed(*seen.change(case))} against"
             f" the reference. {why}"
         )
-        line = command(seen.measured.subject, case, base)
+        line = command(seen, case, base)
         found.append(Command(title=f"{name} ({limit})", text=text, command=line))
     return found
 
@@ -56,8 +57,9 @@ def _level(one: Case, other: Case) -> bool:
     return alike(one, other) or abs(gap) <= 2 * error
 
 
-def command(subject: Subject, case: Case, base: str) -> str:
+def command(seen: View, case: Case, base: str) -> str:
     """llama-quantize with the fewest anchored patterns that give these types."""
+    subject = seen.measured.subject
     own = {t.name: t.fmt.name for t in subject.header.tensors if quantizable(t)}
     types = own | dict(case.variant.types)
     source = subject.header.shards[0].name
@@ -66,15 +68,17 @@ def command(subject: Subject, case: Case, base: str) -> str:
         parts.append("--allow-requantize")
     if subject.matrix:
         parts.append(f"--imatrix {shlex.quote(subject.matrix.name)}")
-    for pattern, fmt in needed(subject, types, base):
+    for pattern, fmt in needed(subject, types, base, seen.uniform.variant.types):
         parts.append(f"--tensor-type {shlex.quote(f'{pattern}={fmt}')}")
     preset = base.upper() if base.upper() in FTYPES else gguf.preset_of(types)
     parts.append(f"{shlex.quote(source)} {shlex.quote(f'{case.variant.name}.gguf')} {preset}")
     return " \\\n  ".join(parts)
 
 
-def needed(subject: Subject, types: dict[str, str], base: str) -> list[patterns.Pattern]:
-    """Patterns for what the preset alone would not store so.
+def needed(
+    subject: Subject, types: dict[str, str], base: str, uniform: Mapping[str, str]
+) -> list[patterns.Pattern]:
+    """Patterns for what the preset alone, which gives the uniform types, would not store so.
 
     A preset that gives all layers one format needs no more than the protected ones. A mixture
     counts the tensors that no pattern names to decide which get more bits, and with an importance
@@ -83,8 +87,7 @@ def needed(subject: Subject, types: dict[str, str], base: str) -> list[patterns.
     if base.upper() not in FTYPES:
         return patterns.of(types)
     inside = {t: f for t, f in types.items() if layer_and_role(t)[0] is not None}
-    start = subject.base(base)
-    plain = {start[t] for t in inside}
+    plain = {uniform[t] for t in inside}
     if len(plain) > 1:
         return patterns.of(inside)
     found = patterns.of(inside, plain.pop())
