@@ -8,6 +8,7 @@ keeps the tokens paired with those of the other curve.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ class Gap:
 
     bytes: int
     bits: float
-    """Bits per weight at this size, on whatever axis the study has."""
+    """Bits per weight at this size, on whatever axis the study has; NaN where it has none."""
     value: float
     """Positive: the first curve loses more."""
     error: float
@@ -86,7 +87,8 @@ class Crossing:
 
     def __str__(self) -> str:
         low, high = human(self.smaller.bytes), human(self.larger.bytes)
-        return f"{human(self.bytes)}, {self.bits:.2f} bits per weight (between {low} and {high})"
+        bits = "" if math.isnan(self.bits) else f", {self.bits:.2f} bits per weight"
+        return f"{human(self.bytes)}{bits} (between {low} and {high})"
 
 
 def crossings(gaps: Sequence[Gap]) -> list[Crossing]:
@@ -95,14 +97,19 @@ def crossings(gaps: Sequence[Gap]) -> list[Crossing]:
     return [Crossing(a, b) for a, b in itertools.pairwise(sure) if a.side != b.side]
 
 
-def verdict(gaps: Sequence[Gap], first: str, second: str, unit: str = "nats per token") -> str:
-    """Who loses less at which sizes, by how much, and where the curves cross; or that none was
+def verdict(
+    gaps: Sequence[Gap],
+    first: str,
+    second: str,
+    unit: str = "nats per token",
+    verb: str = "loses less than",
+) -> str:
+    """Who is better at which sizes, by how much, and where the curves cross; or that none was
     told. first, second: what the curves are called."""
     if not gaps:
         return f"{first} and {second} have no size in common."
     parts = [
-        f"{winner} loses less than {loser} at {_share(len(own), len(gaps))}: lower by"
-        f" {_ends(own)} {unit}"
+        f"{winner} {verb} {loser} at {_share(len(own), len(gaps))}: lower by {_ends(own)} {unit}"
         for side, winner, loser in ((1, second, first), (-1, first, second))
         if (own := [g for g in gaps if g.side == side])
     ]

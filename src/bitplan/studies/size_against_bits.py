@@ -122,7 +122,7 @@ class Contest:
             (a, da), (b, db) = mean(one), mean(other)
             gap = a * self.one.per_token - b * self.other.per_token
             error = math.hypot(da * self.one.per_token, db * self.other.per_token)
-        return Gap(size, 8 * size / self.one.measured.subject.header.weights, gap, error)
+        return Gap(size, math.nan, gap, error)
 
 
 def contest(cases: Cases) -> Contest:
@@ -156,7 +156,12 @@ def _labels(found: Contest, options: Options) -> tuple[str, str]:
 
 
 def _headline(found: Contest, options: Options) -> str:
-    return equal_bytes.verdict(found.gaps, *_labels(found, options), UNIT) + _apart(found)
+    return _verdict(found, *_labels(found, options))
+
+
+def _verdict(found: Contest, one: str, other: str) -> str:
+    told = equal_bytes.verdict(found.gaps, one, other, UNIT, "predicts the text better than")
+    return told + _apart(found)
 
 
 def _apart(found: Contest) -> str:
@@ -175,7 +180,7 @@ def _finding(found: Contest) -> Finding:
     gaps = found.gaps
     one, other = found.one.name, found.other.name
     how = "paired on the same tokens" if found.paired else "of two independent measurements"
-    text = equal_bytes.verdict(gaps, one, other, UNIT) + _apart(found)
+    text = _verdict(found, one, other)
     if not gaps:
         return Finding(title="Larger or smaller, at equal bytes", text=text)
     middle = gaps[len(gaps) // 2]
