@@ -150,8 +150,8 @@ def _headline(found: Found) -> str:
     told = [f"{c.name} {sig(float(c.kl.mean()))}" for c in ranked]
     luck = found.luck
     if luck:
-        error = f" ± {sig(luck.spread, 2)}" if luck.distinct > 1 else ""
-        told.append(f"random orders {sig(float(luck.average.mean()))}{error}")
+        spread = f" (spread {sig(luck.spread, 2)})" if luck.distinct > 1 else ""
+        told.append(f"random orders {sig(float(luck.average.mean()))}{spread}")
     text = f"Mean KL from {found.high} to {found.low}, by order: {', '.join(told)}."
     return f"{text} {_verdicts(ranked, luck)}" if luck and luck.distinct > 1 and ranked else text
 
