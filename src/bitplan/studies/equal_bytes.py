@@ -139,6 +139,8 @@ def meeting(gaps: Sequence[Gap]) -> str:
     """Where two curves cross, as a sentence."""
     span = f"{human(min(g.bytes for g in gaps))} to {human(max(g.bytes for g in gaps))}"
     found = crossings(gaps)
+    if len(gaps) == 1:
+        return "One size does not show whether they cross."
     if found:
         return "They cross at " + " and at ".join(map(str, found)) + "."
     if not any(g.side for g in gaps):

@@ -9,8 +9,6 @@ Layerwise Quantization, in exact bytes; `position` removes from the top, as Grom
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from pydantic import Field
@@ -23,7 +21,7 @@ from bitplan.metrics import mean
 from bitplan.reporting.wording import percent, sig, with_error
 from bitplan.results import Chart, Finding, Mark, Point, Series, Story, Table
 from bitplan.studies import Case, Cases, Measured, Subject, Variant, curves, equal_bytes
-from bitplan.studies.equal_bytes import Floats, Gap
+from bitplan.studies.pruning.duel import Duel, quantizing_by, removing_by
 
 MODELS = 1
 
@@ -80,7 +78,7 @@ def _moved(
         name=f"quantize-{order.replace(':', '-')}_{count}",
         title=f"{count} of {len(ranked)} layers in {options.low} by {order}",
         types=curves.stored(subject, formats, options.outside or options.high),
-        series=_quantizing(order),
+        series=quantizing_by(order),
         step=count,
     )
 
@@ -94,71 +92,13 @@ def _removed(
         name=f"remove-{order.replace(':', '-')}_{count}",
         title=f"{count} of {len(ranked)} layers removed by {order}",
         types=curves.stored(subject, formats, options.outside or options.high),
-        series=_removing(order),
+        series=removing_by(order),
         step=count,
         removed=gone,
     )
 
 
-def _quantizing(order: str) -> str:
-    return f"quantizing by {order}"
-
-
-def _removing(order: str) -> str:
-    return f"removing by {order}"
-
-
 # --- what was found ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Duel:
-    """Removing layers by one order against quantizing them by the same, or another, order."""
-
-    measured: Measured
-    removal: str
-    order: str
-
-    @property
-    def removing(self) -> str:
-        return _removing(self.removal)
-
-    @property
-    def quantizing(self) -> str:
-        return _quantizing(self.order)
-
-    @property
-    def name(self) -> str:
-        return f"{self.removing} against {self.quantizing}"
-
-    @cached_property
-    def curve(self) -> list[Case]:
-        return self.measured.series(self.quantizing)
-
-    @cached_property
-    def pairs(self) -> list[Case]:
-        """The models with layers removed whose size quantizing reaches too."""
-        found = (c for c in self.measured.series(self.removing) if c.variant.step)
-        return [c for c in found if equal_bytes.at(self.curve, c.bytes) is not None]
-
-    def differences(self, metric: str) -> list[Floats]:
-        """Removing less quantizing, token by token, at the bytes of each pair."""
-        return [
-            getattr(c.own, metric) - equal_bytes.at(self.curve, c.bytes, metric) for c in self.pairs
-        ]
-
-    def gaps(self, metric: str = "kl") -> list[Gap]:
-        return [
-            Gap(
-                case.bytes, curves.case_bits(self.measured.subject, case), *mean(values),
-                f"{_layers(case.variant.step)} removed, ",
-            )
-            for case, values in zip(self.pairs, self.differences(metric), strict=True)
-        ]  # fmt: skip
-
-
-def _layers(count: int) -> str:
-    return f"{count} layer" + ("s" if count != 1 else "")
 
 
 def duels(measured: Measured, options: Options) -> list[Duel]:
@@ -205,12 +145,13 @@ def _finding(duel: Duel) -> Finding:
         text += f" Log perplexity: {equal_bytes.verdict(nll, duel.removing, duel.quantizing)}"
     gap, error = mean(np.mean(duel.differences("kl"), axis=0))
     shown = abs(gap) > 2 * error
-    text += (
-        f" On average removing {'costs' if gap > 0 else 'saves'} {with_error(abs(gap), error)} nats"
-        " per token."
-        if shown
-        else f" On average no difference is measured: {with_error(gap, error)} nats per token."
-    )
+    if len(kl) > 1:
+        text += (
+            f" On average removing {'costs' if gap > 0 else 'saves'} {with_error(abs(gap), error)}"
+            " nats per token."
+            if shown
+            else f" On average no difference is measured: {with_error(gap, error)} nats per token."
+        )
     return Finding(
         title=duel.name[:1].upper() + duel.name[1:],
         text=text, difference=gap, stderr=error, unit="nats/token", shown=shown,
@@ -220,19 +161,18 @@ def _finding(duel: Duel) -> Finding:
 def _removals(measured: Measured, options: Options) -> list[Finding]:
     """Whether the order matters to what is removed: the first against each other one."""
     first, *others = _orders(options)
-    own = measured.series(_removing(first))
+    own = measured.series(removing_by(first))
     bits = [curves.case_bits(measured.subject, c) for c in own]
     found = []
     for order in others:
-        other = measured.series(_removing(order))
+        other = measured.series(removing_by(order))
         axis = [curves.case_bits(measured.subject, c) for c in other]
-        found.append(
-            curves.against(
-                f"Which layers to remove: {first} or {order}",
-                _removing(first).capitalize(), curves.averaged(bits, own),
-                _removing(order), curves.averaged(axis, other),
-            )
+        told = curves.against(
+            f"Which layers to remove: {first} or {order}",
+            removing_by(first), curves.averaged(bits, own),
+            removing_by(order), curves.averaged(axis, other),
         )  # fmt: skip
+        found.append(told.model_copy(update={"text": told.text[:1].upper() + told.text[1:]}))
     return found
 
 
@@ -276,7 +216,7 @@ def _cells(case: Case) -> list[str]:
 
 
 def _charts(measured: Measured, options: Options) -> list[Chart]:
-    names = [n for o in _orders(options) for n in (_quantizing(o), _removing(o))]
+    names = [n for o in _orders(options) for n in (quantizing_by(o), removing_by(o))]
     drawn = {n: measured.series(n) for n in names}
     scale, unit = equal_bytes.unit([c.bytes for own in drawn.values() for c in own])
 
@@ -320,7 +260,7 @@ def _notes(measured: Measured, options: Options) -> list[str]:
         curves.average_bits(subject, subject.everywhere(name))
         for name in (options.high, options.low)
     )
-    whole = measured.series(_quantizing(_orders(options)[0]))[-1]
+    whole = measured.series(quantizing_by(_orders(options)[0]))[-1]
     return [
         f"{options.high} takes {high:.2f} bits a weight in the layers, {options.low} {low:.2f}: a"
         f" layer moved saves {percent(1 - low / high)} of a layer removed, so"

@@ -1,0 +1,71 @@
+"""One duel: layers removed by one order against layers quantized by the same, or another, order.
+
+Measured cases in, differences at equal bytes out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from bitplan.metrics import mean
+from bitplan.studies import Case, Measured, curves, equal_bytes
+from bitplan.studies.equal_bytes import Floats, Gap
+
+
+def quantizing_by(order: str) -> str:
+    return f"quantizing by {order}"
+
+
+def removing_by(order: str) -> str:
+    return f"removing by {order}"
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Removing layers by one order against quantizing them by the same, or another, order."""
+
+    measured: Measured
+    removal: str
+    order: str
+
+    @property
+    def removing(self) -> str:
+        return removing_by(self.removal)
+
+    @property
+    def quantizing(self) -> str:
+        return quantizing_by(self.order)
+
+    @property
+    def name(self) -> str:
+        return f"{self.removing} against {self.quantizing}"
+
+    @cached_property
+    def curve(self) -> list[Case]:
+        return self.measured.series(self.quantizing)
+
+    @cached_property
+    def pairs(self) -> list[Case]:
+        """The models with layers removed whose size quantizing reaches too."""
+        found = (c for c in self.measured.series(self.removing) if c.variant.step)
+        return [c for c in found if equal_bytes.at(self.curve, c.bytes) is not None]
+
+    def differences(self, metric: str) -> list[Floats]:
+        """Removing less quantizing, token by token, at the bytes of each pair."""
+        return [
+            getattr(c.own, metric) - equal_bytes.at(self.curve, c.bytes, metric) for c in self.pairs
+        ]
+
+    def gaps(self, metric: str = "kl") -> list[Gap]:
+        return [
+            Gap(
+                case.bytes, curves.case_bits(self.measured.subject, case), *mean(values),
+                f"{_layers(case.variant.step)} removed, ",
+            )
+            for case, values in zip(self.pairs, self.differences(metric), strict=True)
+        ]  # fmt: skip
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" + ("s" if count != 1 else "")
