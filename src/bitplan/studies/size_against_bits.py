@@ -85,7 +85,7 @@ class Side:
     @property
     def per_token(self) -> float:
         """Nats a token -> bits a byte of text."""
-        tokens = len(self.measured.reference.tokens.nll)
+        tokens = self.measured.reference.tokens.nll.size
         return tokens / self.measured.scored_bytes / math.log(2)
 
     def bits(self, case: Case) -> tuple[float, float]:
@@ -275,7 +275,7 @@ def _difference(found: Contest) -> list[Chart]:
 def _notes(found: Contest, options: Options) -> list[str]:
     notes = [
         f"{side.name}: {side.measured.subject.header.weights:,} weights,"
-        f" {len(side.measured.reference.tokens.nll):,} scored tokens that stand for"
+        f" {side.measured.reference.tokens.nll.size:,} scored tokens that stand for"
         f" {side.measured.scored_bytes:,} bytes of text."
         for side in (found.one, found.other)
     ]
