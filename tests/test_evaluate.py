@@ -149,3 +149,32 @@ def test_memory_for_a_context_is_what_llama_cpp_then_allocates(tiny_gguf: Path) 
         real = sum(float(size) for size in re.findall(pattern, "".join(lines)))
         # each of the three figures is printed to 0.01 MiB, and rounded up
         assert 0 <= engine_memory.overhead(tiny_gguf, ctx) / 2**20 - real <= 0.04
+
+
+def test_windows_not_tokens_are_the_independent_draws() -> None:
+    rng = np.random.default_rng(3)
+    topic = rng.normal(0, 1, (200, 1))  # what a whole window has in common
+    values = topic + rng.normal(0, 1, (200, 50))
+    average, error = metrics.mean(values)
+    assert average == pytest.approx(values.mean())
+    # the truth: sd of the topic / sqrt(windows), and next to nothing from the tokens; the estimate
+    # from 200 windows has a relative error of 1 / sqrt(400) = 5 %, allowed four times
+    assert error == pytest.approx(np.sqrt((1 + 1 / 50) / 200), rel=0.2)
+    assert error > 4 * metrics.tokenwise(values)[1]
+    alone = rng.normal(0, 1, (200, 50))
+    assert metrics.mean(alone)[1] >= metrics.tokenwise(alone)[1]
+    assert metrics.mean(alone)[1] < 1.3 * metrics.tokenwise(alone)[1]
+    assert metrics.mean(values[0]) == metrics.tokenwise(values[0])
+
+
+def test_an_error_of_windows_covers_as_often_as_it_should() -> None:
+    """Of 400 experiments without any difference, about 5 % lie beyond two errors, not half."""
+    rng = np.random.default_rng(4)
+    beyond = {"windows": 0, "tokens": 0}
+    for _ in range(400):
+        values = rng.normal(0, 1, (24, 1)) + rng.normal(0, 1, (24, 50))
+        for name, estimate in (("windows", metrics.mean), ("tokens", metrics.tokenwise)):
+            average, error = estimate(values)
+            beyond[name] += abs(average) > 2 * error
+    assert beyond["windows"] < 40  # 5.7 % expected (t with 23 degrees of freedom): 23 +- 4.6
+    assert beyond["tokens"] > 120

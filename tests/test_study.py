@@ -291,7 +291,7 @@ def _measured(out: Path) -> dict[str, int]:
     found = {}
     for path in out.glob("measured/*.npz"):
         assert re.fullmatch(r"[0-9a-f]{40}\.npz", path.name)
-        assert measured.load(path, 40 * 31).kl.size == 40 * 31
+        assert measured.load(path, (40, 31)).kl.size == 40 * 31
         found[path.name] = path.stat().st_mtime_ns
     return found
 

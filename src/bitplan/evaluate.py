@@ -112,10 +112,10 @@ def tokens(
                         lines[contender.name].append(_figures(ref, logits, target))
                         done += 1
                         progress(contender.name, done, work)
-    nll = np.concatenate(base)
-    own = Tokens(nll, np.zeros(len(nll)), np.ones(len(nll)))
+    nll = np.stack(base)
+    own = Tokens(nll, np.zeros_like(nll), np.ones_like(nll))
     return own, {
-        name: Tokens(*(np.concatenate([r[i] for r in rows]) for i in range(3)))
+        name: Tokens(*(np.stack([r[i] for r in rows]) for i in range(3)))
         for name, rows in lines.items()
     }
 

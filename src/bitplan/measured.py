@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 import zlib
@@ -111,9 +112,9 @@ def run(
                 _save(found, place.path(work, chunk))
                 done += len(chunk)
                 progress(f"variants: {work.name}", done, total)
-            size = chunk.shape[0] * (model.ctx - 1 - model.ctx // 2)
+            shape = (len(chunk), model.ctx - 1 - model.ctx // 2)
             for work in works:
-                parts[work.name].append(load(place.path(work, chunk), size))
+                parts[work.name].append(load(place.path(work, chunk), shape))
     finally:
         model.hold({}, importance)
     return {name: _joined(found) for name, found in parts.items()}
@@ -188,7 +189,7 @@ def _tokens(model: LlamaModel, refs: Sequence[divergence.Reference], chunk: Chun
         )
         for ref, target, logits in zip(refs, targets, model.logits(chunk), strict=True)
     ]
-    return Tokens(*(np.concatenate([r[i] for r in rows]) for i in range(3)))
+    return Tokens(*(np.stack([r[i] for r in rows]) for i in range(3)))
 
 
 def _joined(parts: Sequence[Tokens]) -> Tokens:
@@ -198,8 +199,9 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-def load(path: Path, size: int) -> Tokens:
-    """What this or an earlier run measured: `size` figures of each kind."""
+def load(path: Path, shape: tuple[int, int]) -> Tokens:
+    """What this or an earlier run measured, [windows, scored positions] of each kind."""
+    size = math.prod(shape)
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as data:
             arrays = [data[f].astype(np.float64) for f in _FIGURES]
@@ -209,13 +211,13 @@ def load(path: Path, size: int) -> Tokens:
         raise ArtifactError(
             f"{path}: is damaged ({error}); delete it, and it is measured again."
         ) from None
-    return Tokens(*arrays)
+    return Tokens(*(a.reshape(shape) for a in arrays))
 
 
 def _save(tokens: Tokens, path: Path) -> None:
     """Under a temporary name, then renamed: on disk, and whole, when this returns."""
     buffer = io.BytesIO()
-    np.savez(buffer, **{f: getattr(tokens, f).astype(np.float32) for f in _FIGURES})
+    np.savez(buffer, **{f: getattr(tokens, f).astype(np.float32).reshape(-1) for f in _FIGURES})
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

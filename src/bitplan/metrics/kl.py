@@ -13,7 +13,7 @@ _QUANTILES = {"kl_median": 50.0, "kl_p90": 90.0, "kl_p99": 99.0, "kl_p999": 99.9
 def measure(case: Case) -> list[Measurement]:
     if case.is_reference:
         return []
-    values, n, unit = case.own.kl, len(case.own.kl), "nats/token"
+    values, n, unit = case.own.kl, case.own.kl.size, "nats/token"
     average, error = mean(values)
     agreement, agreement_error = mean(case.own.same_top)
     return [

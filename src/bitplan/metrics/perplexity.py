@@ -1,7 +1,7 @@
 """Perplexity, and its ratio to the reference's on the same tokens.
 
 PPL = exp(mean nll), its error PPL x sqrt(var / (n - 1)): llama-perplexity's figures. The ratio's
-error comes from the paired differences, so it is far smaller than that of either perplexity.
+error comes from the paired differences, with windows as the independent draws (`metrics.mean`).
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 
 from bitplan.artifacts import Measurement
-from bitplan.metrics import Case, mean
+from bitplan.metrics import Case, mean, tokenwise
 
 
 def measure(case: Case) -> list[Measurement]:
-    nll, error = mean(case.own.nll)
-    n = len(case.own.nll)
+    nll, error = tokenwise(case.own.nll)
+    n = case.own.nll.size
     ppl = math.exp(nll)
     found = [Measurement(metric="perplexity", value=ppl, stderr=ppl * error, n=n)]
     if not case.is_reference:

@@ -206,5 +206,5 @@ def _scale(figure: Figure, canvas: Canvas, chart: Chart, scale: Any) -> None:
 
     bar = figure.colorbar(ScalarMappable(cmap=scale), ax=canvas, pad=0.02, fraction=0.04, aspect=8)
     bar.set_ticks([0, 1], labels=list(study_layers.ends(chart)))
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.set_label(plain(chart.y), fontsize=8.5)

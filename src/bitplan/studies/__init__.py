@@ -33,7 +33,8 @@ from typing import Any, Protocol
 from bitplan.artifacts import Measurement, ModelFacts, Record, TextFacts
 from bitplan.errors import UnknownNameError
 from bitplan.gguf_file import Header
-from bitplan.metrics import Tokens, mean
+from bitplan.metrics import Tokens, mean, tokenwise
+from bitplan.reporting.wording import with_error
 from bitplan.results import Finding, Story
 from bitplan.units import Unit
 
@@ -135,7 +136,7 @@ class Case:
 
     @property
     def perplexity_error(self) -> float:
-        return self.perplexity * mean(self.own.nll)[1]
+        return self.perplexity * tokenwise(self.own.nll)[1]
 
     @property
     def kl(self) -> tuple[float, float]:
@@ -199,7 +200,10 @@ def get(name: str) -> Study:
 
 
 def difference(one: Case, other: Case, metric: str = "nll") -> tuple[float, float]:
-    """Mean of (one - other) over the same tokens, and its standard error. metric: `nll`, `kl`."""
+    """Mean of (one - other) over the same tokens, and its standard error (`metrics.mean`).
+
+    metric: `nll`, `kl`.
+    """
     return mean(getattr(one.own, metric) - getattr(other.own, metric))
 
 
@@ -210,11 +214,11 @@ def compared(title: str, one: Case, other: Case, metric: str = "kl") -> Finding:
     better, worse = (one, other) if gap < 0 else (other, one)
     what = "KL" if metric == "kl" else "negative log-likelihood"
     text = (
-        f"{better.title} loses less than {worse.title}: {what} lower by {abs(gap):.2g} ±"
-        f" {error:.1g} nats per token."
+        f"{better.title} loses less than {worse.title}: {what} lower by"
+        f" {with_error(abs(gap), error)} nats per token."
         if shown
         else f"No difference measured between {one.title} and {other.title}: {what} differs by"
-        f" {gap:+.2g} ± {error:.1g} nats per token."
+        f" {with_error(gap, error)} nats per token."
     )
     return Finding(
         title=title, text=text, difference=gap, stderr=error, unit="nats/token", shown=shown

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from bitplan.metrics import mean
-from bitplan.reporting.wording import sig
+from bitplan.reporting.wording import sig, with_error
 from bitplan.results import Finding
 
 Floats = npt.NDArray[np.float64]
@@ -76,7 +76,7 @@ def against_random(title: str, name: str, own: Floats, random: Luck) -> Finding:
     if random.distinct < 2:
         text = (
             f"Not known: one random order is no measure of chance. {name}'s mean KL over the curve"
-            f" differs from its by {gap:+.2g} ± {error:.1g} nats per token."
+            f" differs from its by {with_error(gap, error)} nats per token."
         )
         return Finding(**facts, text=text, stderr=error)  # type: ignore[arg-type]
     count, spread = len(random.means), random.spread
@@ -89,8 +89,8 @@ def against_random(title: str, name: str, own: Floats, random: Luck) -> Finding:
         else f"No difference measured between {name} and random orders"
     )
     text = (
-        f"{verdict}: mean KL over the curve {gap:+.2g} nats per token against their mean; with"
-        f" {count} of them, spread ± {spread:.1g} (tokens: ± {error:.1g}), {needed:.2g}"
+        f"{verdict}: mean KL over the curve {sig(gap)} nats per token against their mean; with"
+        f" {count} of them, spread ± {sig(spread, 2)} (tokens: ± {sig(error, 2)}), {sig(needed, 2)}"
         f" would be shown. It beats {beaten} of {count}."
     )
     if not shown:

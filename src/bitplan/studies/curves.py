@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from bitplan import formats
 from bitplan.metrics import mean
+from bitplan.reporting.wording import with_error
 from bitplan.results import Finding
 from bitplan.studies import Case, Subject, difference
 from bitplan.units import padded
@@ -194,7 +195,7 @@ def averaged(bits: Sequence[float], curve: Sequence[Case], metric: str = "kl") -
         return np.mean([getattr(c.own, metric) for c in curve], axis=0)  # type: ignore[no-any-return]
     widths = np.abs(np.diff(np.asarray(bits, float)))
     shares = (np.append(widths, 0) + np.append(0, widths)) / 2 / widths.sum()
-    total = np.zeros(len(curve[0].own.kl))
+    total = np.zeros_like(curve[0].own.kl)
     for share, case in zip(shares, curve, strict=True):
         total += share * getattr(case.own, metric)
     return total
@@ -206,11 +207,11 @@ def against(title: str, name: str, own: Floats, other_name: str, other: Floats) 
     better, worse = (name, other_name) if gap < 0 else (other_name, name)
     shown = abs(gap) > 2 * error
     text = (
-        f"{better} loses less than {worse}: mean KL over the curve lower by {abs(gap):.2g} ±"
-        f" {error:.1g} nats per token."
+        f"{better} loses less than {worse}: mean KL over the curve lower by"
+        f" {with_error(abs(gap), error)} nats per token."
         if shown
         else f"No difference measured between {name} and {other_name}: mean KL over the curve"
-        f" differs by {gap:+.2g} ± {error:.1g} nats per token."
+        f" differs by {with_error(gap, error)} nats per token."
     )
     return Finding(
         title=title, text=text, difference=gap, stderr=error, unit="nats/token", shown=shown

@@ -133,7 +133,7 @@ def summary(found: Found) -> Table:
 
 def _row(curve: Curve, luck: Luck | None, kept: float) -> list[str]:
     lucky = chance.against_random("", curve.name, curve.kl, luck) if luck else None
-    gap = f"{lucky.difference:+.2g} ± {lucky.stderr:.1g}" if lucky else ""
+    gap = with_error(lucky.difference or 0.0, lucky.stderr) if lucky else ""
     return [
         curve.name,
         str(crossing(curve, kept)),

@@ -164,8 +164,8 @@ def _averaged(name: str, pairs: list[tuple[Case, Case]]) -> Finding | None:
     gap, error = mean(three - rival)
     shown = abs(gap) > 2 * error
     where = f"averaged over {len(pairs)} value{'s' if len(pairs) > 1 else ''} of x"
-    figures = f"{sig(float(three.mean()))} against {sig(float(rival.mean()))}, {gap:+.2g} ±"
-    figures += f" {error:.1g} nats per token, {where}"
+    figures = f"{sig(float(three.mean()))} against {sig(float(rival.mean()))}, difference"
+    figures += f" {with_error(gap, error)} nats per token, {where}"
     verdict = (
         f"Three levels lose {'more' if gap > 0 else 'less'} than {name} in the same bytes"
         if shown
@@ -230,7 +230,7 @@ def _cells(row: Row, case: Case, start: Case, measured: Measured) -> list[str]:
         human(case.bytes),
         with_error(*case.kl),
         _change(case, start),
-        "" if own else "the same" if same else f"{gap:+.2g} ± {error:.1g}",
+        "" if own else "the same" if same else with_error(gap, error),
     ]
 
 

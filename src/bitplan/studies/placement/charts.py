@@ -74,13 +74,13 @@ def _paired(seen: View, case: Case) -> float:
 
 def sizes(seen: View, metric: str) -> Chart:
     """Size against what is lost; the region of the smaller half that loses less than half."""
-    every = [*seen.others, seen.uniform]
+    every = [*seen.distinct, seen.uniform]
     points = {id(c): _place(seen, c, metric) for c in every}
     front = {id(c) for c in _front(every, {k: p.y for k, p in points.items()})}
     start = seen.measured.reference.perplexity if metric == "perplexity" else 0.0
     small, large = min(c.bytes for c in every) / MIB, max(c.bytes for c in every) / MIB
     worst, low = max(p.y for p in points.values()), min(p.y for p in points.values())
-    split = [("best at its size", True), ("another is smaller and better", False)]
+    split = [("best at its size", True), ("another is no larger and better", False)]
     return Chart(
         name=f"size-{metric}",
         kind="scatter",

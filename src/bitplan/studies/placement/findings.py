@@ -241,7 +241,7 @@ def by_file(seen: View) -> Finding | None:
     return Finding(
         title="Real files against weights rounded in memory",
         text=f"{_ranks(cases, rank)} The files' KL is {low:+.2g} to {high:+.2g} nats per token"
-        f" away, most for {far.title} ({gap:+.2g} ± {error:.1g}): with quantized weights llama.cpp"
+        f" away, most for {far.title} ({with_error(gap, error)}): with quantized weights llama.cpp"
         " rounds what it multiplies them with to 8 bits as well, in memory it does not.",
         difference=gap, stderr=error, unit="nats/token", shown=None,
     )  # fmt: skip
