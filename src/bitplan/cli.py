@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitplan import cli_imatrix, cli_own, cli_study, console
+from bitplan import cli_imatrix, cli_study, console
 from bitplan import options as o
 from bitplan.errors import BitplanError
 from bitplan.version import __version__
@@ -25,7 +25,6 @@ app = typer.Typer(
     help="Spend your bits where they matter: measured mixed-precision quantization.",
 )
 app.add_typer(cli_imatrix.app, name="imatrix")
-cli_own.add()
 app.add_typer(cli_study.app, name="study")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,13 +51,12 @@ def command(file: Path | None, model: str | None, check: bool, schema: bool, **g
     cli_study.run(cli_study.OWN, [model], options, given, label=file.stem)
 
 
-def add() -> None:
-    """Make it one of the studies' commands."""
+def made() -> Callable[..., None]:
+    """The command with its own parameters and the common ones."""
     from bitplan.studies import own
 
-    first = list(inspect.signature(arguments, eval_str=True).parameters.values())
     kind = inspect.Parameter.KEYWORD_ONLY
-    made = cli_study.with_common(
+    first = inspect.signature(arguments, eval_str=True).parameters.values()
+    return cli_study.with_common(
         command, [p.replace(kind=kind) for p in first], cli_study.help_of(own)
     )
-    cli_study.app.command(cli_study.OWN)(made)

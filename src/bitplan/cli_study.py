@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from bitplan import console
 from bitplan import options as o
+from bitplan.errors import UnknownNameError
 
 OWN = "own"
 
@@ -27,6 +28,22 @@ class _Studies(TyperGroup):
         if args and args[0].lower().endswith((".yaml", ".yml", ".json")):
             args = [OWN, *args]
         return super().parse_args(ctx, args)
+
+    # Commands are made when they are asked for: studies import what `bitplan plan` does without.
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        from bitplan import studies
+
+        return studies.names()
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.list_commands(ctx):
+            raise UnknownNameError("study", cmd_name, self.list_commands(ctx))
+        if cmd_name not in self.commands:
+            alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+            alone.command(cmd_name)(_command(cmd_name))
+            self.commands[cmd_name] = typer.main.get_command(alone)
+        return self.commands[cmd_name]
 
 
 app = typer.Typer(
@@ -167,12 +184,9 @@ def help_of(module: Any) -> str:
     return f"{title[:1].upper()}{title[1:]}\n{rest}"
 
 
-def add_all() -> None:
-    from bitplan import studies
+def _command(name: str) -> Callable[..., None]:
+    if name == OWN:
+        from bitplan import cli_own
 
-    for name in studies.names():
-        if name != OWN:
-            app.command(name)(command_of(name))
-
-
-add_all()
+        return cli_own.made()
+    return command_of(name)
