@@ -6,7 +6,7 @@ Measures every cell once. Each choice of probes is then a subset of the same mea
 nothing but the inference differs. For each: rank correlation of the inferred cells with the
 measured ones, model evaluations of 8 windows, and KL of the plans on held-out windows, by hot swap,
 as a paired difference from the full table's plan at the same bytes, with its error and, after the
-semicolon, that of an unpaired difference. Plans are shown as the table gives them and refined
+semicolon, that of an unpaired difference. Windows are the independent draws (`metrics.mean`). Plans are shown as the table gives them and refined
 (`bitplan.refine`), which is what `bitplan auto` ships.
 """
 
@@ -38,7 +38,7 @@ from bitplan import (
 from bitplan.artifacts import Plan, Sensitivity
 from bitplan.demo import corpus
 from bitplan.divergence import Mean
-from bitplan.metrics import mean
+from bitplan.metrics import mean, tokenwise
 from bitplan.runtimes.llamacpp import LlamaModel, engine_version
 
 CHOICES = ("q3_k", "q3_k+iq4_xs")
@@ -159,6 +159,13 @@ def show(
         found = plans[f"{name}, refined", bits].origin.settings["refined"]["format_factors"]
         shown = ", ".join(f"{f} {v:.2f}" for f, v in found.items())
         print(f"\nformat factors of {name} at {bits} bpw: {shown}")
+    for metric in ("kl", "nll"):
+        pairs = itertools.combinations(figures.values(), 2)
+        gaps = [getattr(a, metric) - getattr(b, metric) for a, b in pairs]
+        ratios = [mean(g)[1] / tokenwise(g)[1] for g in gaps if g.any()]
+        print(
+            f"\nerror of a difference in {metric}, by windows / by tokens: {np.median(ratios):.2f}"
+        )
     noise = np.median([abs(s.damage) for s in tables["full"].scores if s.format == "q8_0"])
     print(f"\nmedian measured KL of Q8_0 cells: {noise:.2e}")
 
