@@ -6,8 +6,9 @@ Measures every cell once. Each choice of probes is then a subset of the same mea
 nothing but the inference differs. For each: rank correlation of the inferred cells with the
 measured ones, model evaluations of 8 windows, and KL of the plans on held-out windows, by hot swap,
 as a paired difference from the full table's plan at the same bytes, with its error and, after the
-semicolon, that of an unpaired difference. Windows are the independent draws (`metrics.mean`). Plans are shown as the table gives them and refined
-(`bitplan.refine`), which is what `bitplan auto` ships.
+semicolon, that of an unpaired difference. Windows are the independent draws (`metrics.mean`).
+Plans are shown as the table gives them and refined (`bitplan.refine`), as `bitplan auto` ships
+them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A plan against every preset of the same bytes: the best measured file is shipped.
 
 Reads a first plan; writes OUT/NAME.gguf, plan.json, quantized.json and evaluation.json. The plan is
-measured whole and corrected where prediction and measurement differ (`refine`). Presets are measured by hot
-swap; the best of them is written too, and two real files meet on held-out text.
+measured whole and corrected where prediction and measurement differ (`refine`). Presets are
+measured by hot swap; the best of them is written too, and two real files meet on held-out text.
 """
 
 from __future__ import annotations
