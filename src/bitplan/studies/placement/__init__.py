@@ -84,8 +84,8 @@ def story(cases: Cases, options: Options) -> Story:
 
 def _notes(seen: View, options: Options) -> list[str]:
     found = [
-        "± is one standard error; differences are taken token by token on the same windows, and"
-        " one within two standard errors is called no difference."
+        "± is one standard error, from the spread between windows; differences are taken token by"
+        " token on the same windows, and one within two standard errors is called no difference."
     ]
     layers = seen.measured.subject.layers
     if len(layers) != 24:

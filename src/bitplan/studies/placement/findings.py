@@ -13,6 +13,7 @@ from bitplan.metrics import mean
 from bitplan.reporting.wording import sig, with_error
 from bitplan.results import Finding
 from bitplan.studies import Case, compared, difference
+from bitplan.studies.placement.sets import spelled
 from bitplan.studies.placement.view import View, alike, mib, ratio, signed
 
 _RATE = "nats/token/MiB"
@@ -22,8 +23,12 @@ def headline(seen: View) -> str:
     """The best, the best per MiB, and early against late, as far as they are told apart."""
     best, parts = seen.best, []
     change = signed(*seen.change(best))
+    level = next((c for c in seen.distinct if c is not best), None)
+    told = f"{best.title} loses least"
+    if level is not None and _level(best, level):
+        told += f", though no difference to {level.title} was measured"
     parts.append(
-        f"{best.title} loses least: perplexity {change} against the reference, at {mib(best.bytes)}"
+        f"{told}: perplexity {change} against the reference, at {mib(best.bytes)}"
         f" MiB ({signed(*seen.change(seen.uniform))} and {mib(seen.uniform.bytes)} MiB for"
         f" {seen.uniform.title})."
     )
@@ -45,14 +50,18 @@ def _early_late(seen: View) -> str:
         better, worse = ("Early", "late") if signs == {-1} else ("Late", "early")
         return f"{better} layers are better protected than {worse} ones."
     told = [_order(a, b) for a, b in pairs if not alike(a, b)]
-    return f"Early against late depends on how many: {', '.join(told)}."
+    return f"Early against late: {'; '.join(told)}."
+
+
+def _level(one: Case, other: Case) -> bool:
+    gap, error = difference(one, other, "kl")
+    return abs(gap) <= 2 * error
 
 
 def _order(one: Case, other: Case) -> str:
-    gap, error = difference(one, other, "kl")
-    if abs(gap) <= 2 * error:
+    if _level(one, other):
         return f"no difference between {one.title} and {other.title}"
-    better, worse = (one, other) if gap < 0 else (other, one)
+    better, worse = sorted((one, other), key=lambda c: c.kl[0])
     return f"{better.title} beats {worse.title}"
 
 
@@ -115,7 +124,7 @@ def _rates(seen: View, title: str, one: Case, other: Case) -> Finding | None:
         f"{c.title} wins {with_error(*mean(seen.rate(c)))} ({seen.extra(c):.2f} MiB)"
         for c in (first, second)
     )
-    facts += f" nats of KL per token and MiB; difference {sig(abs(gap))} ± {sig(error, 1)}."
+    facts += f" nats of KL per token and MiB; difference {with_error(abs(gap), error)}."
     return _told(
         title,
         (gap, error),
@@ -204,7 +213,7 @@ def _published(seen: View) -> Iterator[Finding]:
     if not seen.wide:
         return
     names = "; ".join(
-        f"{case.title} instead of {len(seen.strategy(key).layers)}"
+        f"{case.title} instead of {spelled(seen.strategy(key).layers)}"
         f" ({mib(case.tensor_bytes)} instead of {mib(seen.case(key).tensor_bytes)} MiB)"
         for key, case in seen.wide.items()
     )
@@ -240,9 +249,9 @@ def by_file(seen: View) -> Finding | None:
     low, high = min(s[0] for s in shifts), max(s[0] for s in shifts)
     return Finding(
         title="Real files against weights rounded in memory",
-        text=f"{_ranks(cases, rank)} The files' KL is {low:+.2g} to {high:+.2g} nats per token"
-        f" away, most for {far.title} ({with_error(gap, error)}): with quantized weights llama.cpp"
-        " rounds what it multiplies them with to 8 bits as well, in memory it does not.",
+        text=f"{_ranks(cases, rank)} The files' KL is {sig(low, 2)} to {sig(high, 2)} nats per"
+        f" token higher, most for {far.title} ({with_error(gap, error)}): with quantized weights"
+        " llama.cpp rounds what it multiplies them with to 8 bits as well, in memory it does not.",
         difference=gap, stderr=error, unit="nats/token", shown=None,
     )  # fmt: skip
 
