@@ -121,3 +121,19 @@ def test_a_script_alone_measures_nothing(tiny_gguf: Path, story: Path, tmp_path:
         "my.yaml", "my.sh", "my.eval.txt", "my.imatrix.gguf",
     }  # fmt: skip
     assert not (tmp_path / "out" / "measured").exists()
+
+
+def test_a_quantized_model_is_refused_unless_it_is_wanted(
+    tiny_gguf: Path, story: Path, tmp_path: Path
+) -> None:
+    from bitplan import gguf_file
+    from bitplan.writers import gguf
+
+    header = gguf_file.read(tiny_gguf)
+    types = {t.name: "q8_0" for t in header.tensors if "attn_q" in t.name}
+    gguf.write(header, types, tmp_path / "q.gguf", plan_hash="0" * 64)
+    args = ("study", "layer-sensitivity", tmp_path / "q.gguf", *small(story))
+    assert "--allow-requantize" in refused(1, *args, cwd=tmp_path)
+    assert not (tmp_path / "bitplan-out").exists()
+    done = bitplan(*args, "--allow-requantize", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -80,6 +80,7 @@ def common(
             show_default=False,
         ),
     ] = None,
+    allow_requantize: o.Requantize = False,
     out: o.Out = None,
     fresh: o.Fresh = False,
     as_json: o.Json = False,

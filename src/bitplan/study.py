@@ -234,7 +234,7 @@ def _write(subject: Subject, row: Listed, file: Path, progress: Progress) -> Non
         plan_hash=file.stem,
         matrix=subject.matrix,
         threads=subject.model.threads,
-        allow_requantize=True,
+        allow_requantize=subject.setting.allow_requantize,
         removed=row.variant.removed,
         progress=progress,
     )

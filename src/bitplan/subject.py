@@ -22,6 +22,7 @@ from bitplan import (
     imatrix,
     measure,
     options,
+    preflight,
     presets,
     units,
 )
@@ -49,6 +50,7 @@ class Setting:
     gpu_layers: int = 0
     seed: int = 0
     threads: int = 0
+    allow_requantize: bool = False
     fresh: bool = False
     """Discard what an earlier run measured."""
 
@@ -130,6 +132,8 @@ class Subject:
     @cached_property
     def model(self) -> LlamaModel:
         s = self.setting
+        preflight.check_source(self.header, s.allow_requantize)
+        preflight.check_memory(self.header)
         opened = LlamaModel(
             self.path, ctx=s.ctx, threads=s.threads, swap=True, gpu_layers=s.gpu_layers
         )
