@@ -41,6 +41,11 @@ def of_results(results: Results, out: Path) -> str:
     return "\n\n".join(parts)
 
 
+def brief(results: Results, out: Path) -> str:
+    """The answer, what it rests on, and where the report lies."""
+    return f"{_head(results)}\n{plain(str(out / 'report.html'))}"
+
+
 def _head(results: Results) -> str:
     """The answer, and under it what it rests on."""
     models = ", ".join(m.name for m in results.models)
