@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from bitplan import artifacts, budget, formats, inference, measure, measured, plan, refine
-
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.text import Windows, windows
 

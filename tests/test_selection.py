@@ -50,6 +50,7 @@ def test_several_words_add_up() -> None:
         (12, "layers 0 to 11"),
         (-13, "layers 0 to 11"),
         ("8-12", "layers 0 to 11"),
+        ("0-999999999999999", "layers 0 to 11"),  # said at once, without counting there
         ("last 13", "only 12 layers"),
         ("5-2", "write '2-5'"),
         ("first 0", "whole number"),

@@ -100,7 +100,7 @@ class _Builder:
             raise self._error(where, f"the tag {node.tag!r} is not allowed; write plain values.")
         try:
             return self.loader.construct_object(node)
-        except ValueError:
+        except (ValueError, LookupError, AttributeError):  # 2020-13-45, `!!bool x`
             raise self._error(
                 where, f"{node.value!r} cannot be read; put it in quotes if it is text."
             ) from None

@@ -61,13 +61,12 @@ def _layers(term: int | str, there: list[int]) -> list[int]:
     return there[start[part[1]] :][: int(count)]
 
 
-def _existing(wanted: Iterable[int], term: int | str, there: list[int]) -> list[int]:
-    found = list(wanted)
-    if found[0] not in there or found[-1] not in there:
+def _existing(wanted: Sequence[int], term: int | str, there: list[int]) -> list[int]:
+    if wanted[0] not in there or wanted[-1] not in there:
         raise UsageError(
             f"layer {term} is out of range: the model has layers {there[0]} to {there[-1]}."
         )
-    return [i for i in found if i in there]
+    return [i for i in wanted if i in there]
 
 
 def by_roles(units: Iterable[Unit], pattern: str) -> list[Unit]:
