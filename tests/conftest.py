@@ -90,6 +90,14 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def untied_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_gguf` with an output of its own, so that nothing is multiplied by the embedding."""
+    path = tmp_path_factory.mktemp("untied") / "untied.gguf"
+    _write_model(path, experts=0, tied=False)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_moe_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with 4 experts, 2 of them used for each token."""
     path = tmp_path_factory.mktemp("tiny-moe") / "tiny-moe.gguf"
@@ -126,7 +134,7 @@ def tiny(tiny_gguf: Path) -> Iterator[LlamaModel]:
         yield model
 
 
-def _write_model(path: Path, experts: int, layers: int = LAYERS) -> None:
+def _write_model(path: Path, experts: int, layers: int = LAYERS, tied: bool = True) -> None:
     out = gguf.GGUFWriter(path, "llama")
     out.add_name("tiny")
     out.add_context_length(CTX)
@@ -143,7 +151,10 @@ def _write_model(path: Path, experts: int, layers: int = LAYERS) -> None:
         out.add_expert_used_count(USED)
     vocabulary = _add_vocabulary(out)
     rng = np.random.default_rng(20260101)
-    for name, shape in _shapes(vocabulary, experts, layers).items():
+    shapes = _shapes(vocabulary, experts, layers)
+    if not tied:
+        shapes["output.weight"] = shapes["token_embd.weight"]
+    for name, shape in shapes.items():
         values = rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
         if name.endswith("norm.weight"):
             values = 1 + values

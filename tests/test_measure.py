@@ -231,6 +231,24 @@ def test_all_experts_of_a_matrix_are_one_unit(
     assert all(damage[u.name] > 0 for u in experts)
 
 
+@pytest.mark.parametrize("scorer", ["kl", "lim"])
+def test_an_embedding_without_importances_is_spared_the_formats_that_need_them(
+    untied_gguf: Path, text: str, tmp_path: Path, scorer: str
+) -> None:
+    """In a process of its own: llama.cpp would end it."""
+    (tmp_path / "words.txt").write_text(text)
+    command = [
+        sys.executable, "-m", "bitplan", "measure", str(untied_gguf), "--ctx", "64", "--windows",
+        "2", "--text", str(tmp_path / "words.txt"), "--formats", "iq2_xxs,q4_k", "--threads", "1",
+        "--scorer", scorer, "--out", str(tmp_path),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    table = load(tmp_path / "sensitivity.json", Sensitivity)
+    rows = {u.name: [s.format for s in table.scores if s.unit == u.name] for u in table.units}
+    assert rows["token_embd"] == ["f16", "q4_k"]
+    assert rows["output"] == rows["blk.0.attn_q"] == ["f16", "q4_k", "iq2_xxs"]
+
+
 def test_a_q8_0_reference_states_what_re_encoding_adds(
     tiny_gguf: Path, text: str, tmp_path: Path
 ) -> None:

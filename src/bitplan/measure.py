@@ -7,7 +7,7 @@ next one starts; a run that was killed goes on there and ends in the same bytes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,9 +72,9 @@ def run(
     if not fresh and (there := _made_before(out, origin, windows)):
         return there
     found = model.units(settings.grouping)
-    rows = {u.name: candidates(u, settings.formats) for u in found}
-    cells = [(u, f) for u in found for f in rows[u.name] if f != u.tensors[0].fmt]
     importance = imatrix.importance() if imatrix else {}
+    rows = {u.name: _row(u, settings.formats, importance) for u in found}
+    cells = [(u, f) for u in found for f in rows[u.name]]
     job = Job(model, windows.tokens, cells, importance, settings.seed, model.threads)
     key = {"schema": schema_of(Sensitivity), **origin.model_dump(), **windows.facts.model_dump()}
     with Journal(out / "sensitivity.journal", key, fresh) as journal:
@@ -97,6 +97,20 @@ def run(
         result.save(out / "sensitivity.json")
         journal.finish()
     return result
+
+
+def _row(unit: Unit, wanted: Sequence[Format], known: Collection[str]) -> list[Format]:
+    """The candidates that change a unit and that llama.cpp can round it to.
+
+    known: tensors with importances. A plain run gives an embedding none; where a format needs them,
+    llama.cpp ends the process.
+    """
+    return [
+        fmt
+        for fmt in candidates(unit, wanted)
+        if fmt != unit.tensors[0].fmt
+        and all(t in known or not f.needs_imatrix for t, f in unit.types(fmt).items())
+    ]
 
 
 def _scores(
