@@ -88,6 +88,15 @@ def test_wide_tables_give_way() -> None:
     assert text.endswith("1.5")
 
 
+def test_numbers_are_never_cut_a_wide_table_is_told_in_parts() -> None:
+    figures = [f"0.0{i} ± 0.00047" for i in range(8)]
+    data = Table(title="", columns=["step", *"abcdefgh"], rows=[["0", *figures]], best=0)
+    lines = summary_study.table(data).splitlines()
+    assert max(map(len, lines)) <= summary_study.WIDTH
+    assert [line[2:6] for line in lines if "step" in line] == ["step", "step"]
+    assert all(any(figure in line for line in lines) for figure in figures)
+
+
 def test_hostile_names_cannot_move_the_cursor() -> None:
     text = summary_study.of_results(evil(), OUT)
     assert all(c.isprintable() or c == "\n" for c in text)

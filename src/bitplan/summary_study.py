@@ -81,19 +81,22 @@ def _wrapped(text: str, first: str = "", later: str = "") -> str:
 
 
 def table(data: Table) -> str:
-    """Aligned columns, numbers flush right, the best row with a star."""
+    """Aligned columns, numbers flush right, the best row with a star; in parts if too wide."""
     rows, numeric = study_story.squared(data), study_story.numeric(data)
     keep, hidden = _kept(rows, data.best)
     shown = [data.columns, *(rows[i] for i in keep)]
     texts = [[plain(c) for c in row] for row in shown]
-    widths = _widths(texts, 2 if data.best is not None else 0)
+    used = 2 if data.best is not None else 0
+    widths = _widths(texts, numeric, used)
     stars = [" ", *("*" if i == data.best else " " for i in keep)]
-    lines = []
-    for star, row in zip(stars, texts, strict=True):
-        cells = [_aligned(*cell) for cell in zip(row, widths, numeric, strict=True)]
-        lines.append(((star + " ") if data.best is not None else "") + "  ".join(cells).rstrip())
-    if lines:
-        lines.insert(1, "─" * min(max(map(_length, lines)), WIDTH))
+    lines: list[str] = []
+    for block in _blocks(widths, used):
+        part = []
+        for star, row in zip(stars, texts, strict=True):
+            cells = [_aligned(row[c], widths[c], numeric[c]) for c in block]
+            part.append(f"{star} "[:used] + "  ".join(cells).rstrip())
+        part.insert(1, "─" * min(max(map(_length, part)), WIDTH))
+        lines += ["", *part] if lines else part
     if hidden:
         lines.append(f"… {hidden} more in the report")
     if data.note:
@@ -109,12 +112,27 @@ def _kept(rows: Sequence[object], best: int | None) -> tuple[list[int], int]:
     return keep, len(rows) - len(keep)
 
 
-def _widths(rows: Sequence[Sequence[str]], used: int) -> list[int]:
-    """As wide as needed; the widest column gives way while the line is too long."""
+def _widths(rows: Sequence[Sequence[str]], numeric: Sequence[bool], used: int) -> list[int]:
+    """As wide as needed; the widest column of words gives way while the line is too long."""
     widths = [max(map(_length, column)) for column in zip(*rows, strict=True)]
-    while widths and used + sum(widths) + 2 * (len(widths) - 1) > WIDTH and max(widths) > 16:
-        widths[widths.index(max(widths))] -= 1
+    words = [i for i, number in enumerate(numeric) if not number]
+    while used + sum(widths) + 2 * (len(widths) - 1) > WIDTH:
+        widest = max(words, key=lambda i: widths[i], default=None)
+        if widest is None or widths[widest] <= 16:
+            break
+        widths[widest] -= 1
     return widths
+
+
+def _blocks(widths: Sequence[int], used: int) -> list[list[int]]:
+    """Columns that fit beside one another; each further block repeats the first column."""
+    blocks = [[0]] if widths else []
+    for column in range(1, len(widths)):
+        taken = used + sum(widths[c] + 2 for c in blocks[-1])
+        if taken + widths[column] > WIDTH and len(blocks[-1]) > 1:
+            blocks.append([0])
+        blocks[-1].append(column)
+    return blocks
 
 
 def _aligned(cell: str, width: int, right: bool) -> str:

@@ -204,7 +204,7 @@ def _table(rows: list[Row], measured: Measured) -> Table:
         found += [_cells(row, c, rows[0].three, measured) for c in (row.three, *own)]
     return Table(
         title="Three levels and what is simpler in no more bytes",
-        columns=["x", "Layers", "Bits", "File", "KL", "Perplexity", "KL less three levels'"],
+        columns=["x", "Layers", "Bits", "File", "KL", "Perplexity", "KL less three's"],
         rows=found,
         note="Bits: per weight of the layers' matrices, exact. For each x three levels stand first,"
         " the others follow, best first. Perplexity: change against x = 0. Errors of changes and"
