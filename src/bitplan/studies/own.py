@@ -119,11 +119,11 @@ def _table(measured: Measured, every: list[Case], best: Case) -> Table:
         title="Variants",
         columns=[
             "Variant", "Size", "Bits per weight", "Perplexity", "Change", "KL",
-            f"KL won per MiB against {first.title}",
+            "KL per MiB",
         ],
         rows=[_row(case, first, measured.reference) for case in every],
-        note="Change of perplexity against the reference, and KL won, on the same tokens; ± is one"
-        " standard error.",
+        note="Change of perplexity against the reference, on the same tokens; ± is one standard"
+        f" error. KL per MiB: what each MiB more than {first.title} wins, or each MiB less costs.",
         best=every.index(best),
     )  # fmt: skip
 
