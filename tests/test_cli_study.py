@@ -87,6 +87,10 @@ def test_every_study_has_help_and_the_common_options(name: str) -> None:
         (("my.yaml", "MODEL", "--text", "short.txt"), "fewer than two windows"),
         (("my.yaml", "MODEL", "--text", "long.txt", "--windows", "0"), "--windows 0"),
         (("iq.yaml", "MODEL", "--text", "long.txt", "--no-imatrix"), "importance matrix"),
+        (
+            ("orderings", "MODEL", "--text", "long.txt", "--no-imatrix", "--low", "iq2_xxs"),
+            "importance matrix",  # llama.cpp would end the process
+        ),
     ],
 )
 def test_one_sentence_for_every_mistake(

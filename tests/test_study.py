@@ -15,14 +15,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitplan import cli_study, evaluate, gguf_file, imatrix, measured, own_study, study
-from bitplan.errors import ArtifactError, ImatrixError, UsageError
+from bitplan import cli_study, evaluate, gguf_file, imatrix, measured, own_study, studies, study
+from bitplan.errors import (
+    ArtifactError,
+    ImatrixError,
+    ModelFileError,
+    TextError,
+    UnknownNameError,
+    UsageError,
+)
 from bitplan.evaluate import Contender
 from bitplan.measured import Place, Work
 from bitplan.presets import as_formats
 from bitplan.results import Results
 from bitplan.studies import Variant, layer_sensitivity
 from bitplan.subject import Setting, Subject
+from bitplan.writers import gguf
 
 STUDY = """\
 base: q8_0
@@ -242,6 +250,54 @@ def test_what_needs_an_importance_matrix_fails_before_the_work(
     ):
         study.run("layer-sensitivity", [subject], options, tmp_path)
     assert not (tmp_path / "measured").exists()
+
+
+@pytest.mark.parametrize("name", ["memory", "orderings", "pruning", "three-level"])
+def test_a_format_that_does_not_exist_is_said_before_layers_are_ranked(
+    twelve_layers: Path, tmp_path: Path, name: str
+) -> None:
+    for wrong in ("high", "outside"):
+        options = studies.get(name).Options(**{wrong: "q4_kk"})
+        with Subject(twelve_layers, tmp_path) as subject:
+            with pytest.raises(UnknownNameError, match="did you mean 'q4_k'"):
+                study.listed(name, subject, options)
+            assert "model" not in vars(subject)
+
+
+def test_a_short_text_for_the_figures_is_said_before_layers_are_ranked(
+    tiny_gguf: Path, story: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("the cat")
+    given = dataclasses.replace(setting(story), eval_text=[str(tmp_path / "short.txt")])
+    with Subject(tiny_gguf, tmp_path / "out", given) as subject:
+        with pytest.raises(TextError, match=r"short\.txt"):
+            study.run("orderings", [subject], studies.get("orderings").Options(), tmp_path)
+        assert not subject.out.exists()
+
+
+def test_layers_that_a_format_does_not_change_are_not_ranked_by_it(
+    tiny_gguf: Path, story: Path, tmp_path: Path
+) -> None:
+    with (
+        Subject(tiny_gguf, tmp_path, setting(story)) as subject,
+        pytest.raises(UsageError, match="layer 0 cannot be ranked by random"),
+    ):
+        subject.importances("random", "f16")
+
+
+def test_both_models_are_looked_at_before_the_first_is_opened(
+    tiny_gguf: Path, twelve_layers: Path, story: Path, tmp_path: Path
+) -> None:
+    gguf.write(
+        gguf_file.read(tiny_gguf), {"blk.0.attn_q.weight": "q8_0"}, tmp_path / "q.gguf",
+        plan_hash="0" * 64,
+    )  # fmt: skip
+    one = Subject(twelve_layers, tmp_path / "one", setting(story))
+    other = Subject(tmp_path / "q.gguf", tmp_path / "other", setting(story), index=1)
+    options = studies.get("size-against-bits").Options()
+    with one, other, pytest.raises(ModelFileError, match="quantized already"):
+        study.run("size-against-bits", [one, other], options, tmp_path)
+    assert "model" not in vars(one)
 
 
 # --- killed and started again --------------------------------------------------------------------

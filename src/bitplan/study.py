@@ -82,6 +82,8 @@ def run(
     what the study, the models and the texts raise, before anything is measured.
     """
     module = studies.get(name)
+    for subject in subjects:
+        subject.check()
     plans = [listed(name, s, options) for s in subjects]
     texts = [s.held_out.facts for s in subjects]
     for subject, rows in zip(subjects, plans, strict=True):

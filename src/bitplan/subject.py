@@ -129,11 +129,18 @@ class Subject:
     def facts(self) -> ModelFacts:
         return identity.model_facts(self.header)
 
+    def check(self) -> None:
+        """What speaks against opening the model, from its header. Raises ModelFileError,
+        RuntimeFailure."""
+        if "model" in vars(self):
+            return  # it is open, and its memory no longer free
+        preflight.check_source(self.header, self.setting.allow_requantize)
+        preflight.check_memory(self.header)
+
     @cached_property
     def model(self) -> LlamaModel:
+        self.check()
         s = self.setting
-        preflight.check_source(self.header, s.allow_requantize)
-        preflight.check_memory(self.header)
         opened = LlamaModel(
             self.path, ctx=s.ctx, threads=s.threads, swap=True, gpu_layers=s.gpu_layers
         )
@@ -183,16 +190,19 @@ class Subject:
 
     def sensitivity(self, scorer: str, low: str, seed: int = 0) -> Sensitivity:
         """What each layer loses in one format, by any scorer; measured on the calibration text,
-        kept in OUT/scores and resumed there."""
-        settings = measure.Settings(
-            [formats.get(low)], scorer, "layer", [formats.get(low)], seed=seed
-        )
+        kept in OUT/scores and resumed there.
+
+        Raises ImatrixError, and TextError also for the evaluation text, before anything is run.
+        """
+        wanted = options.candidates(formats.get(low).name, with_imatrix=not self.setting.no_imatrix)
+        settings = measure.Settings(wanted, scorer, "layer", wanted, seed=seed)
+        windows, _ = self.calibration, self.held_out
         folder = self.out / "scores" / f"{scorer.replace(':', '-')}-{low}-{seed}"
         fresh = self.setting.fresh and folder not in self._renewed
         self._renewed.add(folder)
         return measure.run(
             self.model,
-            self.calibration,
+            windows,
             settings,
             folder,
             facts=self.facts,
@@ -202,17 +212,21 @@ class Subject:
         )
 
     def importances(self, scorer: str, low: str, seed: int = 0) -> dict[int, float]:
-        """Layer -> how much it is worth protecting: the scorer's own importance, or its damage."""
+        """Layer -> how much it is worth protecting: the scorer's own importance, or its damage.
+
+        Raises UsageError where a layer has none.
+        """
         table = self.sensitivity(scorer, low, seed)
-        if table.layer_scores:
-            return dict(table.layer_scores)
         layer_of = {u.name: u.layer for u in table.units}
-        found: dict[int, float] = {}
-        for cell in table.cells:
-            layer = layer_of[cell.unit]
-            if layer is not None:
-                found[layer] = cell.damage
-        return found
+        damages = {layer_of[cell.unit]: cell.damage for cell in table.cells}
+        known = table.layer_scores or damages
+        for layer in self.layers:
+            if layer not in known:
+                raise UsageError(
+                    f"layer {layer} cannot be ranked by {scorer}: it is stored as {low} already, or"
+                    " the importance matrix has no entry for it; choose another low format."
+                )
+        return {layer: known[layer] for layer in self.layers}
 
 
 def _files(sources: list[str] | None) -> set[Path]:

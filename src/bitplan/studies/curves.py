@@ -33,6 +33,13 @@ KEPT = 0.9
 # --- orders -----------------------------------------------------------------------------------
 
 
+def known(*names: str) -> None:
+    """Raises UnknownNameError for what is no format, before layers are ranked: that takes a model
+    and time. Empty names stand for defaults."""
+    for name in filter(None, names):
+        formats.get(name)
+
+
 def ranking(importances: Mapping[int, float]) -> list[int]:
     """Layers, least important first; among equals the last layer goes first, as in `position`."""
     return sorted(importances, key=lambda layer: (importances[layer], -layer))

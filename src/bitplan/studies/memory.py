@@ -49,6 +49,7 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
     if options.steps < 0 or options.context < 1:
         raise UsageError("--steps must not be negative, --context 1 or more.")
     scorers.get(options.order)
+    curves.known(options.high, options.low, options.outside)
     ranked = curves.ranking(subject.importances(options.order, options.low))
     counts = curves.every(len(ranked), options.steps or math.ceil(len(ranked) / POINTS))
     found = []

@@ -90,6 +90,7 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
     """
     if options.steps < 0 or options.random_seeds < 1 or not 0 < options.kept < 1:
         raise UsageError("--steps must not be negative, --random-seeds 1 or more, --kept in (0,1).")
+    curves.known(options.high, options.low, options.outside)
     return [v for order in orders(subject, options) for v in _moved(subject, options, order)]
 
 

@@ -50,6 +50,7 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
     if options.steps < 0:
         raise UsageError("--steps must not be negative.")
     scorers.get(options.order)
+    curves.known(*options.pair(0), *options.pair(1))
     high, low = options.pair(subject.index)
     ranked = curves.ranking(subject.importances(options.order, low))
     found = []

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field
 
+from bitplan import scorers
 from bitplan.artifacts import Record
 from bitplan.budget import human
 from bitplan.errors import UsageError
@@ -61,10 +62,12 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
 
     Raises UsageError for a model of fewer than three layers.
     """
-    ranked = curves.ranking(subject.importances(options.order, options.low))
-    count = len(ranked)
+    count = len(subject.layers)
     if count < 3:
         raise UsageError(f"three-level needs three layers or more; this model has {count}.")
+    scorers.get(options.order)
+    curves.known(options.high, options.middle, options.low, options.outside)
+    ranked = curves.ranking(subject.importances(options.order, options.low))
 
     def variant(series: str, step: int, split: Split) -> Variant:
         types = curves.stored(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import Field
 
-from bitplan import scorers
+from bitplan import removal, scorers
 from bitplan.artifacts import Record
 from bitplan.budget import human
 from bitplan.errors import UsageError
@@ -50,6 +50,8 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
         raise UsageError("--steps must not be negative.")
     if len(subject.layers) < 2:
         raise UsageError("the model has a single layer: none can be removed.")
+    curves.known(options.high, options.low, options.outside)
+    removal.check(subject.header, subject.layers[1:])
     found = []
     for order in _orders(options):
         ranked = curves.ranking(subject.importances(order, options.low))
