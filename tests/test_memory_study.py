@@ -103,6 +103,16 @@ def test_a_saving_that_arrives_is_told_with_its_error(twelve_layers: Path) -> No
     assert "100 % of it arrives" in finding.text
 
 
+def test_memory_that_grows_is_not_called_saved(twelve_layers: Path) -> None:
+    story = told(planted(twelve_layers, share=-1.0, error=1000.0))
+    finding = next(f for f in story.findings if f.title.startswith("What q2_k saves"))
+    assert finding.shown
+    assert "memory after a first window grows by" in finding.text
+    assert "-" not in finding.text
+    assert "q4_k take " in story.headline
+    assert " % more memory after a first window" in story.headline
+
+
 @pytest.mark.parametrize(("share", "error"), [(0.0, 1000.0), (1.0, 1e7)])
 def test_a_saving_within_its_error_is_none(share: float, error: float, twelve_layers: Path) -> None:
     story = told(planted(twelve_layers, share, error))

@@ -139,11 +139,13 @@ def _percent(share: tuple[float, float]) -> str:
 
 def _headline(curve: Sequence[Case], options: Options) -> str:
     start, end = curve[0], curve[-1]
+    share, error = saved(end, start)
+    size = _percent((abs(share), error))
+    told = f"take {size} more memory" if share < 0 else f"save {size} of the memory in use"
     return (
-        f"All layers in {options.low} instead of {options.high} save {_percent(saved(end, start))}"
-        f" of the memory in use after a first window of {options.context} tokens"
-        f" ({human(_value(start, WINDOW))} to {human(_value(end, WINDOW))}), and"
-        f" {_percent(saved(end, start, DISK))} on disk."
+        f"All layers in {options.low} instead of {options.high} {told} after a first window of"
+        f" {options.context} tokens ({human(_value(start, WINDOW))} to"
+        f" {human(_value(end, WINDOW))}), and save {_percent(saved(end, start, DISK))} on disk."
     )
 
 
@@ -165,7 +167,10 @@ def _saving(curve: Sequence[Case], options: Options) -> Finding:
     error = math.hypot(_error(start, WINDOW), _error(end, WINDOW))
     shown = abs(less) > 2 * error
     text = (
-        f"The tensors shrink by {human(gone)}, memory after a first window by"
+        f"The tensors shrink by {human(gone)}, but memory after a first window grows by"
+        f" {_amount(-less, error)}."
+        if shown and less < 0
+        else f"The tensors shrink by {human(gone)}, memory after a first window by"
         f" {_amount(less, error)}: {percent(less / gone) if gone else 'none'} of it arrives."
         if shown
         else f"No difference measured: memory changes by {_amount(less, error)}, while the"
