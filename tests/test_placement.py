@@ -21,6 +21,7 @@ from bitplan.studies import Case, Cases, Measured, Variant, placement
 from bitplan.studies.placement import commands, findings, tables
 from bitplan.studies.placement.sets import layers_of, meant, really, strategies
 from bitplan.studies.placement.view import View, view
+from bitplan.studies.placement.view import mib as in_mib
 from bitplan.subject import Setting, Subject
 from bitplan.writers import patterns
 
@@ -274,7 +275,10 @@ def test_noise_gives_no_difference(subject: Subject) -> None:
         assert found.text.startswith("No difference measured"), title
         assert found.stderr is not None
         assert found.stderr > 0
-    assert "no difference was measured" in findings.headline(seen)
+    headline = findings.headline(seen)
+    assert "no difference was measured" in headline
+    most, following = seen.spenders[:2]
+    assert f"{most.title} wins most, though no difference to {following.title} was" in headline
 
 
 def test_planted_early_layers_are_found(subject: Subject) -> None:
@@ -333,7 +337,8 @@ def test_gain_per_mib_is_that_of_the_bytes(subject: Subject) -> None:
 
 def test_equal_size_compares_the_placements_of_the_same_bytes(subject: Subject) -> None:
     seen = measured(subject, lambda left, mib: sum(0.01 / (n + 1) for n in left))
-    found = titled(seen, "Equal size: 4 placements of 387.04 MiB")
+    size = in_mib(seen.case("first_8_layers").bytes)  # of the whole file, as in the table
+    found = titled(seen, f"Equal size: 4 placements of {size} MiB")
     assert found.shown is True
     assert found.text.startswith("First 8 (0–7) loses less than First+last 4 (0–3, 20–23)")
 

@@ -100,7 +100,8 @@ def _notes(seen: View, options: Options) -> list[str]:
     if seen.measured.subject.matrix:
         found.append(
             "Weights were rounded with an importance matrix, which the published study did not"
-            " use; --no-imatrix leaves it out. The commands take it from the study's folder."
+            " use; --no-imatrix leaves it out. The commands name that matrix; it lies beside the"
+            " folder measured/."
         )
     return found
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from bitplan.presets import FTYPES
 from bitplan.results import Command
 from bitplan.studies import Case, Subject, difference
-from bitplan.studies.placement.view import MIB, View, alike, mib, signed
+from bitplan.studies.placement.view import View, alike, mib, signed
 from bitplan.units import layer_and_role, quantizable
 from bitplan.writers import gguf, patterns
 
@@ -24,9 +24,9 @@ def all_of(seen: View, base: str) -> list[Command]:
     least, most = min(c.bytes for c in every), max(c.bytes for c in every)
     middle = (least + most) // 2
     classes = [
-        ("Memory constrained", f"up to {least / MIB:,.1f} MiB", least),
-        ("Balanced", f"up to {middle / MIB:,.1f} MiB", middle),
-        ("Quality first", f"up to {most / MIB:,.1f} MiB", most),
+        ("Memory constrained", f"up to {mib(least)} MiB", least),
+        ("Balanced", f"up to {mib(middle)} MiB", middle),
+        ("Quality first", f"up to {mib(most)} MiB", most),
     ]
     found = []
     for name, limit, size in classes:

@@ -33,8 +33,19 @@ def headline(seen: View) -> str:
         f" {seen.uniform.title})."
     )
     if seen.spenders:
-        parts.append(f"Per MiB spent, {seen.spenders[0].title} wins most.")
+        parts.append(_most(seen))
     return " ".join([*parts, _early_late(seen)]).strip()
+
+
+def _most(seen: View) -> str:
+    """What wins most for each MiB, as far as it is told apart from the next."""
+    first, *rest = seen.spenders
+    told = f"Per MiB spent, {first.title} wins most"
+    if rest:
+        gap, error = mean(seen.rate(first) - seen.rate(rest[0]))
+        if abs(gap) <= 2 * error:
+            told += f", though no difference to {rest[0].title} was measured"
+    return f"{told}."
 
 
 def _early_late(seen: View) -> str:
@@ -163,10 +174,12 @@ def _equal_sizes(seen: View) -> Iterator[Finding]:
     early_late = {seen.case(f"{side}_4_layers").variant.name for side in ("first", "last")}
     for case in seen.distinct:
         sizes.setdefault(case.tensor_bytes, []).append(case)
-    for size, group in sorted(sizes.items()):
+    for _, group in sorted(sizes.items()):
         if len(group) < 2 or {c.variant.name for c in group} == early_late:
             continue  # the latter has a finding of its own
-        found = versus(f"Equal size: {len(group)} placements of {mib(size)} MiB", *group[:2])
+        found = versus(
+            f"Equal size: {len(group)} placements of {mib(group[0].bytes)} MiB", *group[:2]
+        )
         if found is not None:
             order = ", ".join(f"{c.title} {with_error(*c.kl)}" for c in group)
             yield found.model_copy(update={"text": f"{found.text} KL of all: {order}."})
