@@ -208,6 +208,18 @@ def test_nothing_but_a_headline_is_a_report(tmp_path: Path) -> None:
     assert "Nothing was asked." in Page(paths[0].read_text()).text
 
 
+def test_pictures_of_an_earlier_report_go_and_others_stay(tmp_path: Path) -> None:
+    before = synthetic.results()
+    report_study.write(before, tmp_path)
+    own = tmp_path / "figures" / "own.png"
+    own.write_bytes(b"not of a report")
+    kept, *_ = before.story.charts
+    fewer = before.story.model_copy(update={"charts": [kept]})
+    report_study.write(synthetic.results(story=fewer), tmp_path)
+    left = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert left == {f"{kept.name}.png", f"{kept.name}.svg", "own.png"}
+
+
 def test_a_ragged_table_is_squared(tmp_path: Path) -> None:
     tables = [
         Table(title="ragged", columns=["a", "b"], rows=[["1"], ["1", "2", "3"], []], best=7),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,21 @@ def write(results: Results, out: Path) -> list[Path]:
     Raises ArtifactError when a file cannot be written.
     """
     texts = {"report.html": html(results), "report.md": markdown(results)}
+    before = _pictures(out)
     for name, text in texts.items():
         artifacts.write_text(out / name, text)
-    return [out / name for name in texts] + study_figures.save(
-        results.story.charts, out / "figures"
-    )
+    pictures = study_figures.save(results.story.charts, out / "figures")
+    for old in before - set(pictures):
+        old.unlink(missing_ok=True)
+    return [out / name for name in texts] + pictures
+
+
+def _pictures(out: Path) -> set[Path]:
+    """What the report that lies in a folder shows; other files in figures/ are not ours."""
+    report = out / "report.md"
+    text = report.read_text(encoding="utf-8", errors="replace") if report.is_file() else ""
+    names = re.findall(r"^!\[.*\]\(figures/([\w-]+)\.png\)$", text, re.MULTILINE | re.ASCII)
+    return {out / "figures" / f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
 
 
 def html(results: Results) -> str:
