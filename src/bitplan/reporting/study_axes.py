@@ -52,6 +52,8 @@ class Axes:
     """Mark, and the end of the line (`left`, `right`) where its label stands."""
     labels: dict[tuple[int, int], str]
     """(series, point) -> where the label goes, in plotly's words; missing: no room."""
+    counts: bool = False
+    """Whether x counts something: no tick between whole numbers."""
 
     def height(self, y: float) -> float:
         """Where a value lies between bottom (0) and top (1)."""
@@ -122,7 +124,8 @@ def axes(chart: Chart, pixels: Pixels) -> Axes:
     along = _span(ys, 0.07, log_y)
     room = (max((row for _, row, _ in rows), default=-1) + 1) * (_LINE + 1) / pixels[1]
     along = _raised(along, room, log_y)
-    seen = Axes(across, along, log_y, rows, [], {})
+    counts = bool(xs) and all(x == int(x) for x in xs)
+    seen = Axes(across, along, log_y, rows, [], {}, counts)
     bare = replace(seen, y_marks=_ends(y_marks, points, seen, pixels))
     if chart.kind != "scatter":
         return bare

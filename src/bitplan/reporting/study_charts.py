@@ -132,6 +132,8 @@ def _layout(chart: Chart, seen: Axes, pixels: Pixels) -> Figure:
             "tickvals": [t for t, _ in shown], "ticktext": [text for _, text in shown],
         }  # fmt: skip
     across = {"title": {"text": hover(chart.x)}, "range": list(seen.x), "zeroline": False}
+    if seen.counts and seen.x[1] - seen.x[0] < 5:
+        across |= {"dtick": 1}
     small = pixels is NARROW
     return layout(height=430) | {
         "xaxis": across,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,12 +97,16 @@ def _points_of_note(canvas: Canvas, chart: Chart) -> None:
 
 
 def _limits(canvas: Canvas, chart: Chart, seen: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     if seen.log_y:
         canvas.set_yscale("log")
         shown = ticks(seen.y)
         canvas.set_yticks([t for t, _ in shown], [text for _, text in shown])
         canvas.set_yticks([], minor=True)
     canvas.set(xlim=seen.x, ylim=seen.y, xlabel=plain(chart.x), ylabel=plain(chart.y))
+    if seen.counts:
+        canvas.xaxis.set_major_locator(MaxNLocator(integer=True))
     canvas.grid(True, axis="y")
     canvas.set_axisbelow(True)
 
@@ -207,4 +212,5 @@ def _scale(figure: Figure, canvas: Canvas, chart: Chart, scale: Any) -> None:
     bar = figure.colorbar(ScalarMappable(cmap=scale), ax=canvas, pad=0.02, fraction=0.04, aspect=8)
     bar.set_ticks([0, 1], labels=list(study_layers.ends(chart)))
     bar.outline.set_visible(False)
-    bar.set_label(plain(chart.y), fontsize=8.5)
+    room = 9 * max(len(chart.series), 1)  # letters along the bar; a longer label has more lines
+    bar.set_label(textwrap.fill(plain(chart.y), room), fontsize=8.5)
