@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from bitplan import demo, engine_memory, filed, gguf_file, study
@@ -240,3 +241,44 @@ def test_end_to_end_on_real_files(
     for v in found.variants:
         for mode in resident.MODES:
             assert (v.value(memory.metric("window", mode)) or 0) > v.tensor_bytes
+
+
+def test_figures_of_files_hold_for_their_threads_and_all_shards(
+    tiny_gguf: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def growth(_file: Path, _ctx: int, _mode: str, threads: int) -> resident.Resident:
+        asked.append(threads)
+        return resident.Resident(1, 2)
+
+    monkeypatch.setattr(resident, "growth", growth)
+    monkeypatch.setattr(engine_memory, "overhead", lambda *_: 0)
+    (tmp_path / "words.txt").write_text(text)
+    texts, parts = [str(tmp_path / "words.txt")], split(tiny_gguf, tmp_path / "parts")
+    setting = Setting(texts, texts, ctx=64, windows=2, eval_windows=2, no_imatrix=True)
+    for threads in (1, 2, 2):
+        given_threads = dataclasses.replace(setting, threads=threads)
+        with Subject(parts[0], tmp_path / "out", given_threads) as subject:
+            found = study.run("memory", [subject], given(order="position"), tmp_path / "out")
+    assert len(asked) == 2 * 4 * len(resident.MODES) * memory.RUNS  # the third run measures nothing
+    for variant in found.variants:  # the reference lies in several parts
+        assert variant.value(memory.DISK) == variant.bytes
+
+
+def split(path: Path, folder: Path) -> list[Path]:
+    """A model in several files, as llama-gguf-split makes them."""
+    folder.mkdir()
+    reader = gguf.GGUFReader(path)
+    out = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=8)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            out.add_key_value(name, field.contents(), field.types[0], kind)
+    for tensor in reader.tensors:
+        out.add_tensor(tensor.name, tensor.data)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return sorted(folder.glob("*.gguf"))

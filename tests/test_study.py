@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from bitplan.errors import (
     TextError,
     UnknownNameError,
     UsageError,
+    WriteError,
 )
 from bitplan.evaluate import Contender
 from bitplan.measured import Place, Work
@@ -250,6 +252,18 @@ def test_what_needs_an_importance_matrix_fails_before_the_work(
     ):
         study.run("layer-sensitivity", [subject], options, tmp_path)
     assert not (tmp_path / "measured").exists()
+
+
+def test_a_full_disk_is_said_before_the_work(
+    tiny_gguf: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    options = layer_sensitivity.Options(low="q2_k")
+    with Subject(tiny_gguf, tmp_path / "out", setting(story)) as subject:
+        with pytest.raises(WriteError, match="only 100 kB is free"):
+            study.run("layer-sensitivity", [subject], options, tmp_path, files=True)
+        assert not (subject.out / "measured").exists()
 
 
 @pytest.mark.parametrize("name", ["memory", "orderings", "pruning", "three-level"])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitplan import filed, measured, metrics, removal, studies
+from bitplan import filed, measured, metrics, preflight, removal, studies
 from bitplan import report_study as report
 from bitplan.artifacts import Measurement, Origin, schema_of
 from bitplan.errors import UsageError, WriteError
@@ -87,7 +87,7 @@ def run(
     plans = [listed(name, s, options) for s in subjects]
     texts = [s.held_out.facts for s in subjects]
     for subject, rows in zip(subjects, plans, strict=True):
-        _check(subject, rows)
+        _check(subject, rows, files or hasattr(module, "measure"))
     found = [
         _measured(s, rows, files, fresh, progress) for s, rows in zip(subjects, plans, strict=True)
     ]
@@ -134,8 +134,13 @@ def _origin(subjects: Sequence[Subject], files: bool) -> Origin:
     )
 
 
-def _check(subject: Subject, rows: Sequence[Listed]) -> None:
-    """What cannot be measured fails now: llama.cpp would end the process."""
+def _check(subject: Subject, rows: Sequence[Listed], files: bool) -> None:
+    """What cannot be measured fails now: llama.cpp would end the process, or the disk be full.
+
+    files: they are written, one at a time.
+    """
+    if files:
+        preflight.check_disk(subject.out, max(row.bytes for row in rows))
     for row in rows:
         types = removal.kept(row.variant.types, row.variant.removed)
         gguf.check_importance(types, subject.imatrix)
@@ -180,7 +185,8 @@ def _extras(
     place = _place(subject)
     key = {
         "measure": module.__name__, "options": options.model_dump(), "model": place.model,
-        "imatrix": place.imatrix, "engine": engine_version(), "platform": sys.platform,
+        "imatrix": place.imatrix, "threads": place.threads, "engine": engine_version(),
+        "platform": sys.platform,
     }  # fmt: skip
     hook = functools.partial(module.measure, subject, options)
     return filed.run(model, entries, hook, key, place.folder, fresh=fresh, progress=progress)

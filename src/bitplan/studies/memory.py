@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from bitplan import engine_memory, scorers
+from bitplan import engine_memory, gguf_file, scorers
 from bitplan.artifacts import Measurement, Record
 from bitplan.budget import human
 from bitplan.errors import RuntimeFailure, UsageError
@@ -70,7 +70,7 @@ def measure(subject: Subject, options: Options, case: Case, file: Path) -> list[
     """Size of the file, memory as predicted, and as found in child processes, mapped and read."""
     beside = engine_memory.overhead(subject.header.shards[0], options.context)
     found = [
-        _bytes(DISK, [file.stat().st_size]),
+        _bytes(DISK, [gguf_file.read(file).size]),
         _bytes(PREDICTED, [case.tensor_bytes + beside]),
     ]
     for mode in memory.MODES:
