@@ -71,7 +71,8 @@ def common(
         bool, typer.Option("--files", help="Write, load and measure real files as well.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the variants and their bytes, measure nothing.")
+        bool,
+        typer.Option("--dry-run", help="List the variants and their bytes; measure no variant."),
     ] = False,
     script: Annotated[
         Path | None,
@@ -81,7 +82,10 @@ def common(
         ),
     ] = None,
     allow_requantize: o.Requantize = False,
-    out: o.Out = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results. [default: bitplan-out/MODEL/STUDY]"),
+    ] = None,
     fresh: o.Fresh = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -159,7 +163,13 @@ def command_of(name: str) -> Callable[..., None]:
             key,
             kind,
             default=field.default,
-            annotation=Annotated[field.annotation, typer.Option(help=field.description)],
+            annotation=Annotated[
+                field.annotation,
+                typer.Option(
+                    help=field.description,
+                    show_default="[default:" not in str(field.description),
+                ),
+            ],
         )
         for key, field in fields.items()
     ]

@@ -218,14 +218,22 @@ def of_listed(models: list[list[Listed]]) -> str:
                 title="",
                 columns=["variant", "file", "tensors, MiB", "bits per weight"],
                 rows=[
-                    [r.variant.title or r.variant.name, human(r.bytes),
-                     f"{r.tensor_bytes / 2**20:,.2f}", f"{r.bpw:.3f}"]
-                    for r in rows
+                    [label, human(r.bytes), f"{r.tensor_bytes / 2**20:,.2f}", f"{r.bpw:.3f}"]
+                    for label, r in zip(_labels(rows), rows, strict=True)
                 ],
             )
         )
         for rows in models
     )  # fmt: skip
+
+
+def _labels(rows: Sequence[Listed]) -> list[str]:
+    """Titles, with the name where a title stands for several variants."""
+    titles = [r.variant.title or r.variant.name for r in rows]
+    return [
+        f"{title} ({r.variant.name})" if titles.count(title) > 1 else title
+        for title, r in zip(titles, rows, strict=True)
+    ]
 
 
 def document(models: list[list[Listed]]) -> dict[str, Any]:
