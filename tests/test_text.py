@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from bitplan import text
+from bitplan import options, text
 from bitplan.demo import corpus
-from bitplan.errors import TextError
+from bitplan.errors import TextError, UsageError
 
 
 def words(body: str) -> npt.NDArray[np.int32]:
@@ -77,3 +77,32 @@ def test_no_excerpt_is_lost_or_doubled() -> None:
 def test_twins_and_moved_modules_share_a_part() -> None:
     assert corpus.part_of("_pydecimal") == corpus.part_of("decimal")
     assert corpus.part_of("sre_parse") == corpus.part_of("re")
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "skipped"),
+    [
+        (None, None, 0),
+        (["builtin"], ["builtin"], 0),
+        (["a.txt"], ["b.txt"], 0),
+        (["a.txt"], ["a.txt"], 32),
+        (["a.txt"], ["../here/a.txt"], 32),
+        (["a.txt"], ["a.txt", "b.txt"], 32),
+        (["a.txt", "b.txt"], ["b.txt"], 32),
+        (["builtin", "a.txt"], ["builtin", "a.txt"], 32),
+    ],
+)
+def test_figures_begin_where_calibration_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    own: list[str] | None, other: list[str] | None, skipped: int,
+) -> None:  # fmt: skip
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert options.seen(own, other, 8, 32) == skipped
+
+
+def test_texts_that_cannot_be_divided_are_refused() -> None:
+    with pytest.raises(UsageError, match="--windows 0"):
+        options.seen(["a.txt"], ["a.txt"], 0, 32)
+    with pytest.raises(UsageError, match="name it first in --eval-text"):
+        options.seen(["b.txt"], ["a.txt", "b.txt"], 8, 32)

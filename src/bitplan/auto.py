@@ -79,6 +79,7 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
     wanted, settings = _settings(request)
     budget = _checked_budget(request, header, wanted)
     out = options.folder(request.out, request.model)
+    skip = options.seen(request.text, request.eval_text, request.windows, request.imatrix_windows)
     with LlamaModel(
         request.model,
         ctx=request.ctx,
@@ -88,7 +89,7 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
     ) as model:
         calibration = options.cut(model, request.text, "calibration", request.windows)
         held_out = options.cut(
-            model, request.eval_text, "evaluation", request.eval_windows, skip=_used(request)
+            model, request.eval_text, "evaluation", request.eval_windows, skip=skip
         )
         preflight.dry_run(model, wanted)
         facts, matrix = identity.model_facts(header), None
@@ -175,15 +176,6 @@ def _checked_budget(request: Request, header: Header, wanted: list[formats.Forma
     out = options.folder(request.out, request.model)
     preflight.check_disk(out, 2 * (budget.bytes or high))
     return budget
-
-
-def _used(request: Request) -> int:
-    """Windows of the evaluation's text that calibration has seen: none of another text.
-
-    `builtin` and `wikitext2` have parts of their own; a file that serves for both is divided.
-    """
-    both = set(request.text or []) & set(request.eval_text or []) - {"builtin", "wikitext2"}
-    return max(request.windows, request.imatrix_windows) if both else 0
 
 
 def _rivals(text: str) -> Rivals:

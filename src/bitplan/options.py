@@ -125,6 +125,39 @@ def cut(
     )
 
 
+def seen(
+    sources: Sequence[str] | None, evaluation: Sequence[str] | None, windows: int, matrix: int
+) -> int:
+    """How many windows of the evaluation text to skip, because calibration sees them.
+
+    `builtin` and `wikitext2` have parts of their own; a file that serves for both is divided.
+    windows, matrix: of calibration, 0 all, and of the importance matrix. Raises UsageError where
+    calibration leaves nothing, or reads a file from an earlier place on than the figures do.
+    """
+    own, other = _files(sources), _files(evaluation)
+    both = [f for f in other if f in own and f not in _PARTED]
+    if both and not windows:
+        raise UsageError(
+            "--windows 0 calibrates on the whole text, so none is left for the figures; name"
+            " another with --eval-text."
+        )
+    for file in both:
+        if not set(other[: other.index(file)]) <= set(own[: own.index(file)]):
+            raise UsageError(
+                f"{file} stands in both texts, so what calibration sees of it must come first:"
+                " name it first in --eval-text."
+            )
+    return max(windows, matrix) if both else 0
+
+
+_PARTED = ("builtin", "wikitext2")
+
+
+def _files(sources: Sequence[str] | None) -> list[str]:
+    """Each source so that the same file has one name."""
+    return [s if s in _PARTED else str(Path(s).resolve()) for s in sources or ["builtin"]]
+
+
 def label(sources: Sequence[str] | None, purpose: corpus.Part) -> str:
     """What artefacts call a text."""
     named = list(sources or ["builtin"])

@@ -158,16 +158,9 @@ class Subject:
 
     @property
     def skipped(self) -> int:
-        """Windows of the evaluation text that calibration saw. Raises UsageError when all are."""
+        """Windows at the start of the evaluation text that calibration sees. Raises UsageError."""
         s = self.setting
-        if not _files(s.text) & _files(s.eval_text):
-            return 0
-        if not s.windows:
-            raise UsageError(
-                "--windows 0 calibrates on the whole text, so none is left for the figures; name"
-                " another with --eval-text."
-            )
-        return max(s.windows, s.imatrix_windows)
+        return options.seen(s.text, s.eval_text, s.windows, s.imatrix_windows)
 
     @cached_property
     def imatrix(self) -> Imatrix | None:
@@ -227,8 +220,3 @@ class Subject:
                     " the importance matrix has no entry for it; choose another low format."
                 )
         return {layer: known[layer] for layer in self.layers}
-
-
-def _files(sources: list[str] | None) -> set[Path]:
-    """The files among the texts; `builtin` and `wikitext2` have parts of their own."""
-    return {Path(s).resolve() for s in sources or [] if s not in ("builtin", "wikitext2")}
