@@ -341,3 +341,8 @@ def test_run_on_a_tiny_model(tiny_gguf: Path, tmp_path: Path) -> None:
     assert [c.name for c in result.story.charts] == [
         "perplexity", "kl", "layers-lim", "layers-zd", "layers-kl",
     ]  # fmt: skip
+
+
+def test_a_curve_that_goes_nowhere_has_no_shares() -> None:
+    """Both formats may be stored alike: a row that divides by no block."""
+    assert chance.shares([4.5, 4.5, 4.5], [0, 1, 2]).tolist() == [0, 0]

@@ -144,7 +144,7 @@ def fitted(low: npt.NDArray[np.bool_], kl: Floats) -> Sum:
 def shares(bits: Sequence[float], steps: Sequence[int]) -> Floats:
     """Part of the curve (over bits, by trapezoids) in which the n-th layer moved is low."""
     widths = np.abs(np.diff(np.asarray(bits, float)))
-    weights = (np.append(widths, 0) + np.append(0, widths)) / 2 / widths.sum()
+    weights = (np.append(widths, 0) + np.append(0, widths)) / 2 / (widths.sum() or 1)
     moved = np.arange(steps[-1])[:, None] < np.asarray(steps)[None, :]
     return np.asarray(moved @ weights, dtype=float)
 
