@@ -80,6 +80,7 @@ def test_every_crossing_is_told() -> None:
         ((1.0, 0.5), "do not cross within the range (900 B to 1.00 kB)"),
         ((1.0, -1.0), "cross at 950 B"),
         ((0.1, -0.1), "cannot be told from these tokens"),
+        ((1.0, 0.1), "No crossing is shown within the range (900 B to 1.00 kB)"),
     ],
 )
 def test_a_meeting_is_said_or_denied_or_left_open(values: tuple[float, ...], said: str) -> None:

@@ -145,6 +145,11 @@ def meeting(gaps: Sequence[Gap]) -> str:
         return "They cross at " + " and at ".join(map(str, found)) + "."
     if not any(g.side for g in gaps):
         return f"Whether they cross within the range ({span}) cannot be told from these tokens."
+    if not all(g.side for g in gaps):
+        return (
+            f"No crossing is shown within the range ({span}); where no difference was measured"
+            " there may be one."
+        )
     return f"They do not cross within the range ({span})."
 
 
