@@ -63,7 +63,11 @@ def score(results: Results) -> str:
     if not told:
         return ""
     if all(told):
-        return "the one difference is shown" if len(told) == 1 else f"all {len(told)} shown"
+        return (
+            "the one difference is shown"
+            if len(told) == 1
+            else f"all {len(told)} differences shown"
+        )
     if not any(told):
         return "no difference measured"
     return f"{sum(told)} of {len(told)} differences shown"

@@ -142,7 +142,7 @@ def _finding(duel: Duel) -> Finding:
     if not kl:
         return Finding(title=duel.name, text=text)
     if [g.side for g in kl] == [g.side for g in nll]:
-        text += " Perplexity says the same at every size."
+        text += f" Perplexity says the same{' at every size' if len(kl) > 1 else ''}."
     else:
         text += f" Log perplexity: {equal_bytes.verdict(nll, duel.removing, duel.quantizing)}"
     gap, error = mean(np.mean(duel.differences("kl"), axis=0))
