@@ -81,10 +81,14 @@ def test_every_layer_has_one_format() -> None:
     assert Split(1, 0, 2).formats([5, 6, 7], Options()) == {5: "q2_k", 6: "q2_k", 7: "q8_0"}
 
 
-def test_two_layers_are_too_few(tiny_gguf: Path, tmp_path: Path) -> None:
-    subject = Planted(tiny_gguf, tmp_path, lim={0: 0.0, 1: 1.0})
-    with pytest.raises(UsageError, match="three layers"):
-        three_level.variants(subject, Options())
+def test_three_layers_are_too_few(twelve_layers: Path, tmp_path: Path) -> None:
+    """One up and two down leave none in the middle: those are two levels."""
+    few = Planted(twelve_layers, tmp_path, lim={i: float(i) for i in range(4)})
+    few.layers = [0, 1, 2]
+    with pytest.raises(UsageError, match="four layers"):
+        three_level.variants(few, Options())
+    few.layers = [0, 1, 2, 3]
+    assert three_level.variants(few, Options())
 
 
 def test_where_low_bits_hurt_three_levels_lose(twelve_layers: Path, tmp_path: Path) -> None:

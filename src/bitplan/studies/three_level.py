@@ -60,11 +60,11 @@ class Split:
 def variants(subject: Subject, options: Options) -> list[Variant]:
     """Three levels for every x, and beside each the most that two levels or one can have.
 
-    Raises UsageError for a model of fewer than three layers.
+    Raises UsageError for a model of fewer than four layers: none would be left in the middle.
     """
     count = len(subject.layers)
-    if count < 3:
-        raise UsageError(f"three-level needs three layers or more; this model has {count}.")
+    if count < 4:
+        raise UsageError(f"three-level needs four layers or more; this model has {count}.")
     scorers.get(options.order)
     curves.known(options.high, options.middle, options.low, options.outside)
     ranked = curves.ranking(subject.importances(options.order, options.low))
