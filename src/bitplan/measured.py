@@ -34,6 +34,8 @@ Assignment = Mapping[str, Format | None]
 Chunk = npt.NDArray[np.int32]
 
 _FIGURES = ("nll", "kl", "same_top")
+VERSION = 1
+"""To be raised when the same work would give other figures: old ones are not used then."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,11 @@ class Place:
 
     def path(self, work: Work, chunk: Chunk) -> Path:
         key = {
-            "model": self.model, "imatrix": self.imatrix, "threads": self.threads,
-            "engine": engine_version(), "tokens": hashlib.sha256(chunk.tobytes()).hexdigest(),
-            "shape": chunk.shape, "gpu": self.gpu_layers, "types": dict(sorted(work.types.items())),
-            "zeroed": sorted(work.zeroed), "how": "file" if work.file else "swap",
+            "figures": VERSION, "model": self.model, "imatrix": self.imatrix,
+            "threads": self.threads, "gpu": self.gpu_layers, "engine": engine_version(),
+            "tokens": hashlib.sha256(chunk.tobytes()).hexdigest(), "shape": chunk.shape,
+            "types": dict(sorted(work.types.items())), "zeroed": sorted(work.zeroed),
+            "how": "file" if work.file else "swap",
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         return self.folder / f"{digest[:40]}.npz"
