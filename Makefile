@@ -22,6 +22,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/presets.py
 	$(BIN)/python benchmarks/probes.py
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/study.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

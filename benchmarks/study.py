@@ -4,9 +4,10 @@
     python benchmarks/study.py --model M.gguf --windows 8 --few 3
 
 The script is llama-quantize to a file and llama-perplexity on it, for the reference and each
-variant, with the same text, windows and threads. `--few` times only so many of its variants and
-scales to ten, which is then said. Prints a Markdown table: both times, their ratio, and whether
-both rank the variants alike. Needs llama-quantize and llama-perplexity on PATH.
+variant, with the same text, windows and threads: once for the perplexities alone, and once with
+the KL divergence that the study gives too. `--few` times only so many of its variants and scales to
+ten, which is then said. Prints a Markdown table: the times, their ratios, and whether both rank the
+variants alike. Needs llama-quantize and llama-perplexity on PATH.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch)
         own, study_time = by_study(args, out)
-        theirs, script_time = by_script(args, out)
-    print(show(args, own, study_time, theirs, script_time))
+        theirs, plain = by_script(args, out)
+        _, with_kl = by_script(args, out, out / "reference.kld")
+    print(show(args, own, study_time, theirs, (plain, with_kl)))
 
 
 def by_study(args: argparse.Namespace, out: Path) -> tuple[dict[str, float], float]:
@@ -69,20 +71,25 @@ def by_study(args: argparse.Namespace, out: Path) -> tuple[dict[str, float], flo
     return {v.name: v.value("perplexity") or math.nan for v in result.variants}, taken
 
 
-def by_script(args: argparse.Namespace, out: Path) -> tuple[dict[str, float], float]:
-    """The same by llama.cpp's own programs, one file after another."""
+def by_script(
+    args: argparse.Namespace, out: Path, base: Path | None = None
+) -> tuple[dict[str, float], float]:
+    """The same by llama.cpp's own programs, one file after another.
+
+    base: where the reference's logits are kept, for the KL divergence of the variants.
+    """
     words = out / "text.txt"
     words.write_text(text.load([args.text], "evaluation"))
     header = gguf_file.read(args.model)
     given = placement.Options.model_validate({})
     variants = placement.variants(Subject(args.model, out, Setting(no_imatrix=True)), given)
     begun = time.perf_counter()
-    found = {"reference": perplexity(args, header.path, words)}
+    found = {"reference": perplexity(args, header.path, words, base)}
     first = time.perf_counter() - begun
     for variant in variants[: args.few]:
         file = out / "variant.gguf"
         quantize(args, variant, file)
-        found[variant.name] = perplexity(args, file, words)
+        found[variant.name] = perplexity(args, file, words, base)
         file.unlink()
     rest = time.perf_counter() - begun - first
     return found, first + rest * len(variants) / min(args.few, len(variants))
@@ -95,9 +102,17 @@ def quantize(args: argparse.Namespace, variant: Variant, file: Path) -> None:
     run(command)
 
 
-def perplexity(args: argparse.Namespace, model: Path, words: Path) -> float:
-    log = run(["llama-perplexity", "-m", str(model), "-f", str(words), "--no-escape", "-c", "512",
-               "--chunks", str(args.windows), "-t", str(args.threads)])  # fmt: skip
+def perplexity(
+    args: argparse.Namespace, model: Path, words: Path, base: Path | None = None
+) -> float:
+    """Not a number where the KL divergence is computed: the program prints another table then."""
+    command = ["llama-perplexity", "-m", str(model), "-f", str(words), "--no-escape", "-c", "512",
+               "--chunks", str(args.windows), "-t", str(args.threads)]  # fmt: skip
+    if base is not None:
+        compares = ["--kl-divergence"] if base.exists() else []
+        run([*command, "--kl-divergence-base", str(base), *compares])
+        return math.nan
+    log = run(command)
     figures = dict(_RUNNING.findall(log))
     if str(args.windows) not in figures:
         sys.exit(f"llama-perplexity gave no figure for {args.windows} windows:\n{log[-2000:]}")
@@ -116,7 +131,7 @@ def show(
     own: dict[str, float],
     study_time: float,
     theirs: dict[str, float],
-    script_time: float,
+    script_times: tuple[float, float],
 ) -> str:
     both = [name for name in theirs if name != "reference"]
     rank = spearmanr([own[n] for n in both], [theirs[n] for n in both]).statistic
@@ -129,9 +144,11 @@ def show(
         "|---|---|---|",
         *(f"| {name} | {own[name]:.4f} | {theirs[name]:.4f} |" for name in theirs),
         "",
-        f"Wall time: study {study_time:.1f} s (KL, paired errors and report included), script"
-        f" {script_time:.1f} s{scaled}: ratio {script_time / study_time:.2f}. Rank correlation of"
-        f" the perplexities {rank:.3f}.",
+        f"Wall time: study {study_time:.1f} s (KL, paired errors and report included);"
+        f" script{scaled} with KL {script_times[1]:.1f} s, study / script"
+        f" {study_time / script_times[1]:.2f}; script without {script_times[0]:.1f} s, study /"
+        f" script {study_time / script_times[0]:.2f}. Rank correlation of the perplexities"
+        f" {rank:.3f}.",
     ]
     return "\n".join(lines)
 
