@@ -9,6 +9,7 @@ llama-perplexity and llama-quantize on PATH, built from the llama.cpp that llama
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import shutil
 import statistics
@@ -51,19 +52,35 @@ def main() -> None:
 
 
 def paired(name: str, ours: Callable[[], None], theirs: Callable[[], None], runs: int) -> None:
-    """Print the median times and the median of the ratios of `runs` pairs, after one to warm up."""
+    """Print the median times and ratios of `runs` pairs, after one to warm up.
+
+    The order changes from pair to pair, and processor time is told beside wall time: it does not
+    wait for what else the machine does.
+    """
     pairs = []
     for i in range(runs + 1):
-        times = []
-        for run in (ours, theirs):
-            begun = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begun)
+        order = (ours, theirs) if i % 2 else (theirs, ours)
+        taken = {run: timed(run) for run in order}
         if i:
-            pairs.append(times)
-    a, b = (statistics.median(p[k] for p in pairs) for k in (0, 1))
-    ratio = statistics.median(p[0] / p[1] for p in pairs)
-    print(f"{name}: ours {a:.2f} s, theirs {b:.2f} s, ratio {ratio:.3f} ({runs} pairs)")
+            pairs.append((taken[ours], taken[theirs]))
+    a, b = (statistics.median(p[k][0] for p in pairs) for k in (0, 1))
+    wall, cpu = (statistics.median(x[k] / y[k] for x, y in pairs) for k in (0, 1))
+    print(
+        f"{name}: ours {a:.2f} s, theirs {b:.2f} s, ratio {wall:.3f}, of processor time {cpu:.3f}"
+        f" ({runs} pairs)"
+    )
+
+
+def timed(run: Callable[[], None]) -> tuple[float, float]:
+    """Wall time and processor time of a call, its child processes included; seconds."""
+    begun, busy = time.perf_counter(), processor_time()
+    run()
+    return time.perf_counter() - begun, processor_time() - busy
+
+
+def processor_time() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def quiet(*command: object) -> None:
