@@ -10,7 +10,7 @@ import pytest
 from bitplan import formats, inference
 from bitplan.artifacts import Score
 from bitplan.divergence import Mean
-from bitplan.gguf_file import Tensor
+from bitplan.tensors import Tensor
 from bitplan.units import Unit
 
 ROW = [formats.get(n) for n in ("q8_0", "q4_k", "q2_k", "iq3_s", "iq3_xxs")]

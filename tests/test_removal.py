@@ -13,10 +13,11 @@ from gguf import GGUFReader
 
 from bitplan import demo, formats, gguf_file, gguf_layout, imatrix, removal, units
 from bitplan.errors import UsageError
-from bitplan.gguf_file import Header, Tensor
+from bitplan.gguf_file import Header
 from bitplan.runtimes import ggml
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.runtimes.swap import original
+from bitplan.tensors import Tensor
 from bitplan.writers import gguf
 
 NAMES = ("q8_0", "q6_k", "q4_k", "iq4_xs", "q3_k", "q2_k", "q4_0", "f16")

@@ -10,7 +10,8 @@ import pytest
 from bitplan import formats, gguf_file, units
 from bitplan.errors import UsageError
 from bitplan.formats import FORMATS
-from bitplan.gguf_file import Header, Tensor
+from bitplan.gguf_file import Header
+from bitplan.tensors import Tensor
 from conftest import quantize
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bitplan.errors import ModelFileError
 from bitplan.formats import BY_TYPE, Format
+from bitplan.tensors import Tensor
 
 _SCALARS = {
     0: "B",
@@ -38,18 +39,6 @@ _MAX_COUNT = 1 << 20  # tensors or metadata keys; the largest models have some t
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 Value = int | float | bool | str
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor's entry: `shape` is row-major (numpy order), `start` counts from the file's."""
-
-    name: str
-    shape: tuple[int, ...]
-    fmt: Format
-    start: int
-    nbytes: int
-    path: Path
 
 
 @dataclass(frozen=True)

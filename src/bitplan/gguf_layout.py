@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from bitplan import formats
 from bitplan.errors import ModelFileError
-from bitplan.gguf_file import Header, Tensor
+from bitplan.gguf_file import Header
+from bitplan.tensors import Tensor
 from bitplan.units import ALIGNMENT, padded, quantizable
 
 Keys = Mapping[str, int | str]

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from bitplan import gguf_file
 from bitplan.errors import ImatrixError, ModelFileError, WriteError
 from bitplan.gguf_file import Header
+from bitplan.tensors import Tensor
 
 if TYPE_CHECKING:
     from bitplan.runtimes.capture import Captured
@@ -156,7 +157,7 @@ def _read_gguf(path: Path) -> Imatrix:
     return Imatrix(entries, _datasets(path), chunks, size)
 
 
-def _floats(tensor: gguf_file.Tensor) -> Array:
+def _floats(tensor: Tensor) -> Array:
     if tensor.fmt.name != "f32":
         raise _damaged(tensor.path, f"{tensor.name!r} is {tensor.fmt.name} instead of f32")
     values = np.fromfile(tensor.path, "<f4", tensor.nbytes // 4, offset=tensor.start)

@@ -13,7 +13,8 @@ from typing import Any
 from bitplan import units
 from bitplan.artifacts import Plan
 from bitplan.budget import human
-from bitplan.gguf_file import Header, Tensor, read
+from bitplan.gguf_file import Header, read
+from bitplan.tensors import Tensor
 from bitplan.writers import gguf
 
 

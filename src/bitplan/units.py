@@ -15,7 +15,8 @@ from typing import Literal
 from bitplan import formats
 from bitplan.errors import UsageError
 from bitplan.formats import Format
-from bitplan.gguf_file import Header, Tensor
+from bitplan.gguf_file import Header
+from bitplan.tensors import Tensor
 
 Grouping = Literal["tensor", "module", "layer"]
 

@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from bitplan.errors import ModelFileError, RuntimeFailure
 from bitplan.formats import Format
-from bitplan.gguf_file import Header, Tensor
+from bitplan.gguf_file import Header
 from bitplan.runtimes import ggml
+from bitplan.tensors import Tensor
 
 Array = npt.NDArray[np.float32]
 Assignment = Mapping[str, Format | None]
