@@ -28,6 +28,8 @@ class Tokens:
     """KL(reference || this), nats."""
     same_top: Floats
     """1 where the most likely token is the reference's."""
+    right: Floats | None = None
+    """1 where the most likely token, or label, is the true one."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,16 @@ def mean(values: Floats) -> tuple[float, float]:
 def tokenwise(values: Floats) -> tuple[float, float]:
     """Mean and sqrt(variance / (n - 1)) over all tokens, as llama-perplexity computes it."""
     return float(values.mean()), float(np.sqrt(values.var() / max(values.size - 1, 1)))
+
+
+def told(gap: float, error: float) -> bool:
+    """Whether a difference is more than two of its standard errors: the one rule, everywhere.
+
+    gap, error: in the same unit, the error that of the paired difference. Two, because a normal
+    difference that is really zero goes beyond it in 4.6 % of measurements: the usual 95 % level.
+    At the edge, and where one of them is not a number, nothing is told.
+    """
+    return abs(gap) > 2 * error
 
 
 def all_of(case: Case) -> list[Measurement]:

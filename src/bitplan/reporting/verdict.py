@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from bitplan.artifacts import Candidate, Comparison, Evaluation, Plan, Sensitivity
 from bitplan.budget import human
+from bitplan.metrics import told
 from bitplan.reporting.wording import percent, plain, sig, with_error
 
 QUALITY = {
@@ -94,8 +95,8 @@ def compared(evaluation: Evaluation, one: str, other: str) -> Comparison | None:
 
 
 def is_clear(comparison: Comparison) -> bool:
-    """Whether the difference is more than two standard errors."""
-    return abs(comparison.difference) > 2 * comparison.stderr
+    """Whether the two are told apart (`metrics.told`)."""
+    return told(comparison.difference, comparison.stderr)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 from bitplan.artifacts import Measurement, ModelFacts, Record, TextFacts
 from bitplan.errors import UnknownNameError
 from bitplan.gguf_file import Header
-from bitplan.metrics import Tokens, mean, tokenwise
+from bitplan.metrics import Tokens, mean, tokenwise, told
 from bitplan.reporting.wording import with_error
 from bitplan.results import Finding, Story
 from bitplan.units import Unit
@@ -210,7 +210,7 @@ def difference(one: Case, other: Case, metric: str = "nll") -> tuple[float, floa
 def compared(title: str, one: Case, other: Case, metric: str = "kl") -> Finding:
     """Which of two variants loses less, with the paired error; or that nothing was measured."""
     gap, error = difference(one, other, metric)
-    shown = abs(gap) > 2 * error
+    shown = told(gap, error)
     better, worse = (one, other) if gap < 0 else (other, one)
     what = "KL" if metric == "kl" else "negative log-likelihood"
     text = (

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitplan import formats
-from bitplan.metrics import mean
+from bitplan.metrics import mean, told
 from bitplan.reporting.wording import with_error
 from bitplan.results import Finding
 from bitplan.studies import Case, Subject, difference
@@ -123,10 +123,10 @@ def fallbacks(subject: Subject, names: Collection[str]) -> list[str]:
             if fmt != name.lower():
                 others[fmt] = others.get(fmt, 0) + 1
         if others:
-            told = ", ".join(f"{count} as {fmt}" for fmt, count in sorted(others.items()))
+            instead = ", ".join(f"{count} as {fmt}" for fmt, count in sorted(others.items()))
             found.append(
                 f"{name} does not fit {sum(others.values())} of {len(types)} tensors (their rows"
-                f" do not divide by its block): stored {told}."
+                f" do not divide by its block): stored {instead}."
             )
     return found
 
@@ -212,7 +212,7 @@ def against(title: str, name: str, own: Floats, other_name: str, other: Floats) 
     """Which of two curves loses less on average, with the paired error of their mean KL."""
     gap, error = mean(own - other)
     better, worse = (name, other_name) if gap < 0 else (other_name, name)
-    shown = abs(gap) > 2 * error
+    shown = told(gap, error)
     text = (
         f"{better} loses less than {worse}: mean KL over the curve lower by"
         f" {with_error(abs(gap), error)} nats per token."

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitplan.budget import human
+from bitplan.metrics import told
 from bitplan.reporting.wording import with_error
 from bitplan.results import Chart, Mark, Point, Series
 from bitplan.studies import Case
@@ -62,8 +63,8 @@ class Gap:
 
     @property
     def side(self) -> int:
-        """+1 or -1 beyond two standard errors, else 0: no difference measured."""
-        return 0 if abs(self.value) <= 2 * self.error else 1 if self.value > 0 else -1
+        """+1 or -1 where a difference is told, else 0: no difference measured."""
+        return 0 if not told(self.value, self.error) else 1 if self.value > 0 else -1
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,11 @@ def _share(count: int, total: int) -> str:
 def _ends(gaps: Sequence[Gap]) -> str:
     """The gaps at the largest and the smallest file."""
     ordered = sorted(gaps, key=lambda g: -g.bytes)
-    told = [
+    each = [
         f"{with_error(abs(g.value) if g.side else g.value, g.error)} ({g.label}{human(g.bytes)})"
         for g in dict.fromkeys((ordered[0], ordered[-1]))
     ]
-    return " to ".join(told)
+    return " to ".join(each)
 
 
 def meeting(gaps: Sequence[Gap]) -> str:

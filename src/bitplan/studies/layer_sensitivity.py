@@ -12,6 +12,7 @@ import math
 from pydantic import Field
 
 from bitplan.artifacts import Record
+from bitplan.metrics import told
 from bitplan.reporting.wording import with_error
 from bitplan.results import Chart, Finding, Point, Series, Story, Table
 from bitplan.studies import Case, Cases, Measured, Subject, Variant, compared, difference
@@ -94,9 +95,9 @@ def _spread(measured: Measured) -> Finding:
     """How many neighbours in the ranking are really told apart."""
     ranked = sorted(measured.cases.values(), key=lambda c: -c.kl[0])
     gaps = [difference(a, b, "kl") for a, b in itertools.pairwise(ranked)]
-    told = sum(gap > 2 * error for gap, error in gaps)
+    apart = sum(told(*gap) for gap in gaps)
     return Finding(
         title="How firm the ranking is",
-        text=f"{told} of {len(gaps)} neighbours in the ranking differ by more than two standard"
+        text=f"{apart} of {len(gaps)} neighbours in the ranking differ by more than two standard"
         " errors of their paired difference; the order of the others is not settled.",
     )

@@ -20,7 +20,7 @@ from bitplan import engine_memory, gguf_file, scorers
 from bitplan.artifacts import Measurement, Record
 from bitplan.budget import human
 from bitplan.errors import RuntimeFailure, UsageError
-from bitplan.metrics import memory
+from bitplan.metrics import memory, told
 from bitplan.reporting.wording import percent, with_error
 from bitplan.results import Chart, Finding, Story, Table
 from bitplan.studies import Case, Cases, Measured, Subject, Variant, curves, equal_bytes, pictures
@@ -141,9 +141,9 @@ def _headline(curve: Sequence[Case], options: Options) -> str:
     start, end = curve[0], curve[-1]
     share, error = saved(end, start)
     size = _percent((abs(share), error))
-    told = f"take {size} more memory" if share < 0 else f"save {size} of the memory in use"
+    change = f"take {size} more memory" if share < 0 else f"save {size} of the memory in use"
     return (
-        f"All layers in {options.low} instead of {options.high} {told} after a first window of"
+        f"All layers in {options.low} instead of {options.high} {change} after a first window of"
         f" {options.context} tokens ({human(_value(start, WINDOW))} to"
         f" {human(_value(end, WINDOW))}), and save {_percent(saved(end, start, DISK))} on disk."
     )
@@ -165,7 +165,7 @@ def _saving(curve: Sequence[Case], options: Options) -> Finding:
     gone = start.tensor_bytes - end.tensor_bytes
     less = _value(start, WINDOW) - _value(end, WINDOW)
     error = math.hypot(_error(start, WINDOW), _error(end, WINDOW))
-    shown = abs(less) > 2 * error
+    shown = told(less, error)
     text = (
         f"The tensors shrink by {human(gone)}, but memory after a first window grows by"
         f" {_amount(-less, error)}."
@@ -200,7 +200,7 @@ def _opened(curve: Sequence[Case]) -> Finding:
     case = max(curve, key=lambda c: abs(_value(c, names[0]) - _value(c, names[1])))
     gap = _value(case, names[0]) - _value(case, names[1])
     error = math.hypot(*(_error(case, n) for n in names))
-    shown = abs(gap) > 2 * error
+    shown = told(gap, error)
     text = (
         f"{case.title}: mapped, the model takes {_amount(abs(gap), error)}"
         f" {'more' if gap > 0 else 'less'} than read into memory."

@@ -18,7 +18,7 @@ from bitplan import scorers
 from bitplan.artifacts import Record
 from bitplan.budget import human
 from bitplan.errors import UsageError
-from bitplan.metrics import mean
+from bitplan.metrics import mean, told
 from bitplan.reporting.wording import sig, with_error
 from bitplan.results import Chart, Finding, Mark, Series, Story, Table
 from bitplan.studies import Case, Cases, Measured, Subject, Variant, curves, equal_bytes, pictures
@@ -161,8 +161,8 @@ def _headline(found: Contest, options: Options) -> str:
 
 
 def _verdict(found: Contest, one: str, other: str) -> str:
-    told = equal_bytes.verdict(found.gaps, one, other, UNIT, "predicts the text better than")
-    return told + _apart(found)
+    better = "predicts the text better than"
+    return equal_bytes.verdict(found.gaps, one, other, UNIT, better) + _apart(found)
 
 
 def _apart(found: Contest) -> str:
@@ -199,13 +199,13 @@ def _ends(found: Contest) -> list[Finding]:
     for side in (found.one, found.other):
         gap, error = mean(side.curve[-1].own.nll - side.curve[0].own.nll)
         gap, error = gap * side.per_token, error * side.per_token
-        shown = abs(gap) > 2 * error
-        told = f"{with_error(gap, error)} {UNIT} from {human(side.curve[0].bytes)} to"
-        told += f" {human(side.curve[-1].bytes)}"
+        shown = told(gap, error)
+        cost = f"{with_error(gap, error)} {UNIT} from {human(side.curve[0].bytes)} to"
+        cost += f" {human(side.curve[-1].bytes)}"
         made.append(
             Finding(
                 title=f"What fewer bits cost {side.name}",
-                text=f"{told}." if shown else f"No difference measured: {told}.",
+                text=f"{cost}." if shown else f"No difference measured: {cost}.",
                 difference=gap, stderr=error, unit=UNIT, shown=shown,
             )
         )  # fmt: skip
@@ -289,7 +289,7 @@ def _notes(found: Contest, options: Options) -> list[str]:
     )
     for i, side in enumerate((found.one, found.other)):
         notes += [
-            f"{side.name}: {told}"
-            for told in curves.fallbacks(side.measured.subject, options.pair(i))
+            f"{side.name}: {note}"
+            for note in curves.fallbacks(side.measured.subject, options.pair(i))
         ]
     return notes

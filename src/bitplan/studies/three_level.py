@@ -19,7 +19,7 @@ from bitplan import scorers
 from bitplan.artifacts import Record
 from bitplan.budget import human
 from bitplan.errors import UsageError
-from bitplan.metrics import mean
+from bitplan.metrics import mean, told
 from bitplan.reporting.wording import sig, with_error
 from bitplan.results import Chart, Finding, Series, Story, Table
 from bitplan.studies import Case, Cases, Measured, Subject, Variant, curves, difference, pictures
@@ -142,8 +142,8 @@ def story(cases: Cases, options: Options) -> Story:
 
 def _headline(rows: list[Row], findings: list[Finding], options: Options) -> str:
     best = min((r.three for r in rows[1:]), key=lambda c: c.kl[0])
-    told = f"Three levels at their best ({best.title}): KL {with_error(*best.kl)} nats per token"
-    return f"{told}; {rows[0].three.title}: {with_error(*rows[0].three.kl)}. {findings[0].text}"
+    start = f"Three levels at their best ({best.title}): KL {with_error(*best.kl)} nats per token"
+    return f"{start}; {rows[0].three.title}: {with_error(*rows[0].three.kl)}. {findings[0].text}"
 
 
 def _findings(rows: list[Row]) -> list[Finding]:
@@ -165,7 +165,7 @@ def _averaged(name: str, pairs: list[tuple[Case, Case]]) -> Finding | None:
         return None
     three, rival = (np.mean([p[i].own.kl for p in pairs], axis=0) for i in (0, 1))
     gap, error = mean(three - rival)
-    shown = abs(gap) > 2 * error
+    shown = told(gap, error)
     where = f"averaged over {len(pairs)} value{'s' if len(pairs) > 1 else ''} of x"
     figures = f"{sig(float(three.mean()))} against {sig(float(rival.mean()))}, difference"
     figures += f" {with_error(gap, error)} nats per token, {where}"
@@ -187,7 +187,8 @@ def _each(rows: list[Row]) -> Finding:
     rivals = [(r.three, min(r.rivals.values(), key=lambda c: c.kl[0])) for r in rows if r.rivals]
     for three, rival in rivals:
         gap, error = difference(three, rival, "kl")
-        won, lost = won + (gap < -2 * error), lost + (gap > 2 * error)
+        sure = told(gap, error)
+        won, lost = won + (sure and gap < 0), lost + (sure and gap > 0)
     return Finding(
         title="Case by case",
         text=f"Against the best of all that is simpler and no larger, three levels lose more in"

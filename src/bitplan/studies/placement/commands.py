@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from bitplan.presets import FTYPES
 from bitplan.results import Command
-from bitplan.studies import Case, Subject, difference
-from bitplan.studies.placement.view import View, alike, mib, signed
+from bitplan.studies import Case, Subject
+from bitplan.studies.placement.view import View, level, mib, signed
 from bitplan.units import layer_and_role, quantizable
 from bitplan.writers import gguf, patterns
 
@@ -45,16 +45,11 @@ def chosen(fitting: list[Case]) -> tuple[Case, str]:
     best = min(fitting, key=lambda c: (c.kl[0], c.bytes))
     if len(fitting) == 1:
         return best, "The smallest there is."
-    same = [c for c in fitting if c.bytes < best.bytes and _level(c, best)]
+    same = [c for c in fitting if c.bytes < best.bytes and level(c, best)]
     if not same:
         return best, f"The least KL of {len(fitting)} that fit."
     small = min(same, key=lambda c: (c.bytes, c.kl[0]))
     return small, f"{best.title} is larger and no difference was measured between them."
-
-
-def _level(one: Case, other: Case) -> bool:
-    gap, error = difference(one, other, "kl")
-    return alike(one, other) or abs(gap) <= 2 * error
 
 
 def command(seen: View, case: Case, base: str) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from bitplan.metrics import mean
+from bitplan.metrics import mean, told
 from bitplan.reporting.wording import sig, with_error
 from bitplan.results import Finding
 from bitplan.studies import Case, compared, difference
 from bitplan.studies.placement.sets import spelled
-from bitplan.studies.placement.view import View, alike, mib, ratio, signed
+from bitplan.studies.placement.view import View, alike, level, mib, ratio, signed
 
 _RATE = "nats/token/MiB"
 
@@ -23,12 +23,12 @@ def headline(seen: View) -> str:
     """The best, the best per MiB, and early against late, as far as they are told apart."""
     best, parts = seen.best, []
     change = signed(*seen.change(best))
-    level = next((c for c in seen.distinct if c is not best), None)
-    told = f"{best.title} loses least"
-    if level is not None and _level(best, level):
-        told += f", though no difference to {level.title} was measured"
+    following = next((c for c in seen.distinct if c is not best), None)
+    first = f"{best.title} loses least"
+    if following is not None and level(best, following):
+        first += f", though no difference to {following.title} was measured"
     parts.append(
-        f"{told}: perplexity {change} against the reference, at {mib(best.bytes)}"
+        f"{first}: perplexity {change} against the reference, at {mib(best.bytes)}"
         f" MiB ({signed(*seen.change(seen.uniform))} and {mib(seen.uniform.bytes)} MiB for"
         f" {seen.uniform.title})."
     )
@@ -40,19 +40,17 @@ def headline(seen: View) -> str:
 def _most(seen: View) -> str:
     """What wins most for each MiB, as far as it is told apart from the next."""
     first, *rest = seen.spenders
-    told = f"Per MiB spent, {first.title} wins most"
-    if rest:
-        gap, error = mean(seen.rate(first) - seen.rate(rest[0]))
-        if abs(gap) <= 2 * error:
-            told += f", though no difference to {rest[0].title} was measured"
-    return f"{told}."
+    text = f"Per MiB spent, {first.title} wins most"
+    if rest and not told(*mean(seen.rate(first) - seen.rate(rest[0]))):
+        text += f", though no difference to {rest[0].title} was measured"
+    return f"{text}."
 
 
 def _early_late(seen: View) -> str:
     """One sentence on few and many layers, which may disagree."""
     pairs = [(seen.case(f"first_{n}_layers"), seen.case(f"last_{n}_layers")) for n in (4, 8)]
     gaps = [difference(a, b, "kl") for a, b in pairs if not alike(a, b)]
-    signs = {0 if abs(gap) <= 2 * error else 1 if gap > 0 else -1 for gap, error in gaps}
+    signs = {0 if not told(gap, error) else 1 if gap > 0 else -1 for gap, error in gaps}
     if not signs:
         return ""
     if signs == {0}:
@@ -60,17 +58,12 @@ def _early_late(seen: View) -> str:
     if len(signs) == 1:
         better, worse = ("Early", "late") if signs == {-1} else ("Late", "early")
         return f"{better} layers are better protected than {worse} ones."
-    told = [_order(a, b) for a, b in pairs if not alike(a, b)]
-    return f"Early against late: {'; '.join(told)}."
-
-
-def _level(one: Case, other: Case) -> bool:
-    gap, error = difference(one, other, "kl")
-    return abs(gap) <= 2 * error
+    orders = [_order(a, b) for a, b in pairs if not alike(a, b)]
+    return f"Early against late: {'; '.join(orders)}."
 
 
 def _order(one: Case, other: Case) -> str:
-    if _level(one, other):
+    if level(one, other):
         return f"no difference between {one.title} and {other.title}"
     better, worse = sorted((one, other), key=lambda c: c.kl[0])
     return f"{better.title} beats {worse.title}"
@@ -106,7 +99,7 @@ def versus(title: str, one: Case, other: Case) -> Finding | None:
         return None
     found = compared(title, one, other)
     gap, error = ratio(one, other)
-    verdict = "" if abs(gap) > 2 * error else ", within two standard errors"
+    verdict = "" if told(gap, error) else ", within two standard errors"
     text = (
         f"{found.text} Perplexity {one.perplexity:.3f} against {other.perplexity:.3f}:"
         f" {signed(gap, error)}{verdict}."
@@ -114,12 +107,12 @@ def versus(title: str, one: Case, other: Case) -> Finding | None:
     return found.model_copy(update={"text": text})
 
 
-def _told(
+def _either(
     title: str, value: tuple[float, float], yes: str, no: str, unit: str = "nats/token"
 ) -> Finding:
-    """yes: for a difference beyond two standard errors; no: for less."""
+    """yes: for a difference that is told; no: for less."""
     gap, error = value
-    shown = abs(gap) > 2 * error
+    shown = told(gap, error)
     return Finding(
         title=title, text=yes if shown else no, difference=gap, stderr=error, unit=unit, shown=shown
     )
@@ -136,7 +129,7 @@ def _rates(seen: View, title: str, one: Case, other: Case) -> Finding | None:
         for c in (first, second)
     )
     facts += f" nats of KL per token and MiB; difference {with_error(abs(gap), error)}."
-    return _told(
+    return _either(
         title,
         (gap, error),
         f"{first.title} uses its bytes better: {facts}",
@@ -159,7 +152,7 @@ def _returns(seen: View, side: str) -> Finding | None:
         f" {seen.uniform.title}, going on to {many.title} {with_error(*mean(second))}"
     )
     less = "less" if gap > 0 else "more"
-    return _told(
+    return _either(
         f"Diminishing returns, from the {side} layer on",
         (gap, error),
         f"The layers added later win {less}: {facts}.",
@@ -289,7 +282,7 @@ def _ranks(cases: list[Case], rank: float) -> str:
 def _open(one: Case, other: Case) -> bool:
     """Whether at least one of the two ways of measuring cannot tell them apart."""
     pairs = mean(one.own.kl - other.own.kl), mean(one.tokens.kl - other.tokens.kl)
-    return any(abs(gap) <= 2 * error for gap, error in pairs)
+    return any(not told(*pair) for pair in pairs)
 
 
 __all__ = ["all_of", "by_file", "headline", "versus"]

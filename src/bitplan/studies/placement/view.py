@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitplan.divergence import Floats
-from bitplan.metrics import mean
+from bitplan.metrics import mean, told
 from bitplan.studies import Case, Measured, difference
 from bitplan.studies.placement.sets import INTENDED, PUBLISHED, Strategy, strategies
 
@@ -119,6 +119,11 @@ def _lost(case: Case) -> tuple[float, int, bool]:
 
 def alike(one: Case, other: Case) -> bool:
     return _stored(one) == _stored(other)
+
+
+def level(one: Case, other: Case) -> bool:
+    """Whether no difference in KL is measured between the two."""
+    return alike(one, other) or not told(*difference(one, other, "kl"))
 
 
 def _stored(case: Case) -> tuple[tuple[str, str], ...]:

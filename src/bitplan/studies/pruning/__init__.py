@@ -17,7 +17,7 @@ from bitplan import removal, scorers
 from bitplan.artifacts import Record
 from bitplan.budget import human
 from bitplan.errors import UsageError
-from bitplan.metrics import mean
+from bitplan.metrics import mean, told
 from bitplan.reporting.wording import percent, sig, with_error
 from bitplan.results import Chart, Finding, Mark, Point, Series, Story, Table
 from bitplan.studies import Case, Cases, Measured, Subject, Variant, curves, equal_bytes
@@ -131,8 +131,8 @@ def story(cases: Cases, options: Options) -> Story:
 
 
 def _headline(duel: Duel, options: Options) -> str:
-    told = equal_bytes.verdict(duel.gaps(), duel.removing, duel.quantizing)
-    return f"From {options.high} to {options.low}, in KL at equal bytes: {told}"
+    verdict = equal_bytes.verdict(duel.gaps(), duel.removing, duel.quantizing)
+    return f"From {options.high} to {options.low}, in KL at equal bytes: {verdict}"
 
 
 def _finding(duel: Duel) -> Finding:
@@ -146,7 +146,7 @@ def _finding(duel: Duel) -> Finding:
     else:
         text += f" Log perplexity: {equal_bytes.verdict(nll, duel.removing, duel.quantizing)}"
     gap, error = mean(np.mean(duel.differences("kl"), axis=0))
-    shown = abs(gap) > 2 * error
+    shown = told(gap, error)
     if len(kl) > 1:
         text += (
             f" On average removing {'costs' if gap > 0 else 'saves'} {with_error(abs(gap), error)}"
@@ -169,12 +169,12 @@ def _removals(measured: Measured, options: Options) -> list[Finding]:
     for order in others:
         other = measured.series(removing_by(order))
         axis = [curves.case_bits(measured.subject, c) for c in other]
-        told = curves.against(
+        one = curves.against(
             f"Which layers to remove: {first} or {order}",
             removing_by(first), curves.averaged(bits, own),
             removing_by(order), curves.averaged(axis, other),
         )  # fmt: skip
-        found.append(told.model_copy(update={"text": told.text[:1].upper() + told.text[1:]}))
+        found.append(one.model_copy(update={"text": one.text[:1].upper() + one.text[1:]}))
     return found
 
 
