@@ -7,6 +7,7 @@ The reference is run once for all of them; figures are paired token by token.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bitplan import divergence, metrics
+from bitplan import metrics, paired
 from bitplan.artifacts import Candidate, Comparison, Evaluation, ModelFacts, Origin, schema_of
-from bitplan.errors import UsageError
 from bitplan.formats import Format
 from bitplan.metrics import Case, Tokens, mean
-from bitplan.runtimes.llamacpp import LlamaModel, engine_version
+from bitplan.runtimes import Runtime
+from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.text import Windows
 
 Progress = Callable[[str, int, int], None]
-
-MOST_LOGITS = 1 << 30  # bytes of reference logits kept at a time
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Contender:
 
 
 def run(
-    reference: LlamaModel,
+    reference: Runtime,
     facts: ModelFacts,
     contenders: Sequence[Contender],
     windows: Windows,
@@ -62,7 +61,7 @@ def run(
     return Evaluation(
         schema=schema_of(Evaluation),
         origin=Origin(
-            engine=engine_version(),
+            engine=reference.engine,
             parents={"model": facts.sha256, "text": windows.facts.sha256, **(parents or {})},
             settings={"threads": threads},
         ),
@@ -79,81 +78,55 @@ def run(
 
 
 def tokens(
-    reference: LlamaModel,
+    reference: Runtime,
     contenders: Sequence[Contender],
     windows: Windows,
     importance: Mapping[str, npt.NDArray[np.float32]],
     progress: Progress = lambda *_: None,
 ) -> tuple[Tokens, dict[str, Tokens]]:
     """Token-level figures of the reference and of each contender, by name."""
-    ctx, total = reference.ctx, len(windows.tokens)
-    room = MOST_LOGITS // (4 * reference.n_vocab * (ctx - ctx // 2))
-    step = max(reference.parallel, room // reference.parallel * reference.parallel)
-    lines: dict[str, list[tuple[divergence.Floats, ...]]] = {c.name: [] for c in contenders}
-    base: list[divergence.Floats] = []
+    total = len(windows.tokens)
+    lines: dict[str, list[Tokens]] = {c.name: [] for c in contenders}
+    base: list[Tokens] = []
     done, work = 0, total * (1 + len(contenders))
+
+    def seen(name: str) -> None:
+        nonlocal done
+        done += 1
+        progress(name, done, work)
+
     with contextlib.ExitStack() as stack:
         opened = {c.name: _open(stack, c, reference) for c in contenders if c.path}
-        for begin in range(0, total, step):
-            chunk = windows.tokens[begin : begin + step]
-            targets = chunk[:, ctx // 2 + 1 :]
-            refs = []
-            for logits in reference.logits(chunk):
-                refs.append(divergence.reference(logits))
-                done += 1
-                progress("reference", done, work)
-            base += [
-                r.lse - r.logits[np.arange(len(t)), t] for r, t in zip(refs, targets, strict=True)
-            ]
-            for contender in contenders:
-                with _running(contender, opened, reference, importance) as logits_of:
-                    rows = zip(refs, targets, logits_of(chunk), strict=True)
-                    for ref, target, logits in rows:
-                        lines[contender.name].append(_figures(ref, logits, target))
-                        done += 1
-                        progress(contender.name, done, work)
-    nll = np.stack(base)
-    own = Tokens(nll, np.zeros_like(nll), np.ones_like(nll))
-    return own, {
-        name: Tokens(*(np.stack([r[i] for r in rows]) for i in range(3)))
-        for name, rows in lines.items()
-    }
+        for chunk in paired.chunks(reference, windows.tokens):
+            refs = paired.references(reference, chunk, lambda: seen("reference"))
+            base.append(paired.own(reference, refs, chunk))
+            for c in contenders:
+                with _running(c, opened, reference, importance) as model:
+                    tick = functools.partial(seen, c.name)
+                    lines[c.name].append(paired.tokens(model, refs, chunk, tick))
+    return paired.joined(base), {name: paired.joined(parts) for name, parts in lines.items()}
 
 
-def _figures(
-    ref: divergence.Reference, logits: divergence.Logits, targets: npt.NDArray[np.int32]
-) -> tuple[divergence.Floats, divergence.Floats, divergence.Floats]:
-    return (
-        divergence.negative_log_likelihood(logits, targets),
-        divergence.kl(ref, logits),
-        divergence.same_top(ref, logits).astype(np.float64),
-    )
-
-
-def _open(stack: contextlib.ExitStack, contender: Contender, reference: LlamaModel) -> LlamaModel:
+def _open(stack: contextlib.ExitStack, contender: Contender, reference: Runtime) -> Runtime:
     assert contender.path is not None
     opened = LlamaModel(contender.path, ctx=reference.ctx, threads=reference.threads)
     model = stack.enter_context(opened)
-    if model.n_vocab != reference.n_vocab:
-        raise UsageError(
-            f"{contender.path}: has a vocabulary of {model.n_vocab}, the reference one of"
-            f" {reference.n_vocab}; they are different models and cannot be compared."
-        )
+    paired.check_vocabulary(model, reference, contender.path)
     return model
 
 
 @contextlib.contextmanager
 def _running(
     contender: Contender,
-    opened: Mapping[str, LlamaModel],
-    reference: LlamaModel,
+    opened: Mapping[str, Runtime],
+    reference: Runtime,
     importance: Mapping[str, npt.NDArray[np.float32]],
-) -> Iterator[Callable[[npt.NDArray[np.int32]], Iterator[divergence.Logits]]]:
+) -> Iterator[Runtime]:
     if contender.path:
-        yield opened[contender.name].logits
+        yield opened[contender.name]
     else:
         with reference.rounded(contender.types or {}, importance):
-            yield reference.logits
+            yield reference
 
 
 def compare(

@@ -22,19 +22,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bitplan import divergence, formats
-from bitplan.errors import ArtifactError, UsageError
-from bitplan.evaluate import MOST_LOGITS
+from bitplan import formats, paired
+from bitplan.errors import ArtifactError
 from bitplan.formats import Format
 from bitplan.metrics import Tokens
-from bitplan.runtimes.llamacpp import LlamaModel, engine_version
+from bitplan.runtimes import Runtime
 
 Progress = Callable[[str, int, int], None]
 Assignment = Mapping[str, Format | None]
 Chunk = npt.NDArray[np.int32]
 
-_FIGURES = ("nll", "kl", "same_top")
-VERSION = 1
+_FIGURES = ("nll", "kl", "same_top", "right")
+VERSION = 2
 """To be raised when the same work would give other figures: old ones are not used then."""
 
 
@@ -63,12 +62,13 @@ class Place:
     """Content hash of the reference."""
     imatrix: str
     threads: int
-    gpu_layers: int = 0
+    engine: str = ""
+    device: str = ""
 
     def path(self, work: Work, chunk: Chunk) -> Path:
         key = {
             "figures": VERSION, "model": self.model, "imatrix": self.imatrix,
-            "threads": self.threads, "gpu": self.gpu_layers, "engine": engine_version(),
+            "threads": self.threads, "device": self.device, "engine": self.engine,
             "tokens": hashlib.sha256(chunk.tobytes()).hexdigest(), "shape": chunk.shape,
             "types": dict(sorted(work.types.items())), "zeroed": sorted(work.zeroed),
             "how": "file" if work.file else "swap",
@@ -77,16 +77,16 @@ class Place:
         return self.folder / f"{digest[:40]}.npz"
 
 
-def place(model: LlamaModel, out: Path, sha256: str, imatrix: str) -> Place:
+def place(model: Runtime, out: Path, sha256: str, imatrix: str) -> Place:
     """Where measurements of an open model go: OUT/measured.
 
     sha256, imatrix: content hashes of the model and the importance matrix ("" without one).
     """
-    return Place(out / "measured", sha256, imatrix, model.threads, model.gpu_layers)
+    return Place(out / "measured", sha256, imatrix, model.threads, model.engine, model.device)
 
 
 def run(
-    model: LlamaModel,
+    model: Runtime,
     works: Sequence[Work],
     windows: Chunk,
     importance: Mapping[str, npt.NDArray[np.float32]],
@@ -102,44 +102,37 @@ def run(
     done, total = 0, len(distinct) * len(windows)
     parts: dict[str, list[Tokens]] = {w.name: [] for w in works}
     try:
-        for chunk in chunks(model, windows):
+        for chunk in paired.chunks(model, windows):
             todo = [w for w in distinct if not place.path(w, chunk).exists()]
             done += (len(distinct) - len(todo)) * len(chunk)
             progress("variants", done, total)
             model.hold({}, importance)
-            refs = _references(model, chunk) if todo else []
+            refs = paired.references(model, chunk) if todo else []
             for work in ordered(todo):
                 progress(f"variants: {work.name}", done, total)
-                with _running(model, work, importance, place.gpu_layers) as running:
-                    found = _tokens(running, refs, chunk)
+                with _running(model, work, importance) as running:
+                    found = paired.tokens(running, refs, chunk)
                 _save(found, place.path(work, chunk))
                 done += len(chunk)
                 progress(f"variants: {work.name}", done, total)
-            shape = (len(chunk), model.ctx - 1 - model.ctx // 2)
+            shape = (len(chunk), model.positions)
             for work in works:
                 parts[work.name].append(load(place.path(work, chunk), shape))
     finally:
         model.hold({}, importance)
-    return {name: _joined(found) for name, found in parts.items()}
+    return {name: paired.joined(found) for name, found in parts.items()}
 
 
-def is_done(model: LlamaModel, work: Work, windows: Chunk, place: Place) -> bool:
+def is_done(model: Runtime, work: Work, windows: Chunk, place: Place) -> bool:
     """Whether nothing of it is left to measure."""
-    return all(place.path(work, chunk).exists() for chunk in chunks(model, windows))
+    return all(place.path(work, chunk).exists() for chunk in paired.chunks(model, windows))
 
 
-def forget(model: LlamaModel, works: Sequence[Work], windows: Chunk, place: Place) -> None:
+def forget(model: Runtime, works: Sequence[Work], windows: Chunk, place: Place) -> None:
     """Delete what was measured of these works on these windows, and nothing else."""
-    for chunk in chunks(model, windows):
+    for chunk in paired.chunks(model, windows):
         for work in works:
             place.path(work, chunk).unlink(missing_ok=True)
-
-
-def chunks(model: LlamaModel, windows: Chunk) -> Iterator[Chunk]:
-    """Groups of windows whose reference logits fit into memory together."""
-    room = MOST_LOGITS // (4 * model.n_vocab * (model.ctx - model.ctx // 2))
-    step = max(model.parallel, room // model.parallel * model.parallel)
-    return (windows[i : i + step] for i in range(0, len(windows), step))
 
 
 def ordered(works: Sequence[Work]) -> list[Work]:
@@ -159,44 +152,17 @@ def ordered(works: Sequence[Work]) -> list[Work]:
     return found
 
 
-def _references(model: LlamaModel, chunk: Chunk) -> list[divergence.Reference]:
-    return [divergence.reference(logits) for logits in model.logits(chunk)]
-
-
 @contextlib.contextmanager
 def _running(
-    model: LlamaModel,
-    work: Work,
-    importance: Mapping[str, npt.NDArray[np.float32]],
-    gpu_layers: int,
-) -> Iterator[LlamaModel]:
+    model: Runtime, work: Work, importance: Mapping[str, npt.NDArray[np.float32]]
+) -> Iterator[Runtime]:
     if work.file is None:
         model.hold(work.assignment, importance)
         yield model
         return
-    opened = LlamaModel(work.file, ctx=model.ctx, threads=model.threads, gpu_layers=gpu_layers)
-    with opened:
-        if opened.n_vocab != model.n_vocab:
-            raise UsageError(f"{work.file}: has another vocabulary than the reference.")
+    with model.beside(work.file) as opened:
+        paired.check_vocabulary(opened, model, work.file)
         yield opened
-
-
-def _tokens(model: LlamaModel, refs: Sequence[divergence.Reference], chunk: Chunk) -> Tokens:
-    """Figures of the model as it stands, in float32 as they are stored."""
-    targets = chunk[:, model.ctx // 2 + 1 :]
-    rows = [
-        (
-            divergence.negative_log_likelihood(logits, target),
-            divergence.kl(ref, logits),
-            divergence.same_top(ref, logits).astype(np.float64),
-        )
-        for ref, target, logits in zip(refs, targets, model.logits(chunk), strict=True)
-    ]
-    return Tokens(*(np.stack([r[i] for r in rows]) for i in range(3)))
-
-
-def _joined(parts: Sequence[Tokens]) -> Tokens:
-    return Tokens(*(np.concatenate([getattr(p, f) for p in parts]) for f in _FIGURES))
 
 
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from bitplan.artifacts import ModelFacts
 from bitplan.formats import Format
 from bitplan.units import Grouping, Unit
 
@@ -18,11 +20,42 @@ Array = npt.NDArray[np.float32]
 class Runtime(Protocol):
     """An open model. Scorers, metrics and studies know nothing else of it."""
 
+    path: Path
+    """The file, or the folder, that it was opened from."""
+    ctx: int
+    """Tokens of a window."""
+    threads: int
     parallel: int
     """Windows that go through one run; work is cut into groups of so many."""
+    n_vocab: int
+    """Width of the logits: of the vocabulary, or of a classifier's labels."""
+
+    @property
+    def positions(self) -> int:
+        """Scored positions of a window."""
+        ...
+
+    @property
+    def engine(self) -> str:
+        """The library that runs the model and its version: figures depend on it."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """What it runs on; figures depend on that too."""
+        ...
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Who the model is, its content hash included."""
+        ...
 
     def units(self, grouping: Grouping = "tensor") -> list[Unit]:
         """Every quantizable weight, grouped into what shares a format."""
+        ...
+
+    def targets(self, windows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """What each scored position ought to predict, [n, positions]; -1 where nobody knows."""
         ...
 
     def logits(self, windows: npt.NDArray[np.int32]) -> Iterator[Array]:
@@ -43,6 +76,10 @@ class Runtime(Protocol):
         self, assignment: Mapping[str, Format | None], importance: Mapping[str, Array] | None = None
     ) -> None:
         """As `rounded` (None: all zeros), but lasting; {} restores all. Costs what differs."""
+        ...
+
+    def beside(self, file: Path) -> AbstractContextManager[Runtime]:
+        """Another model, opened with the same settings."""
         ...
 
     def capture(self, windows: npt.NDArray[np.int32], what: Sequence[str]) -> Any:

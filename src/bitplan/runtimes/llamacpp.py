@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as capi
 
-from bitplan import formats, gguf_file, units
+from bitplan import formats, gguf_file, identity, units
+from bitplan.artifacts import ModelFacts
 from bitplan.errors import RuntimeFailure
 from bitplan.formats import Format
 from bitplan.runtimes import capture as capturing
@@ -125,7 +127,32 @@ class LlamaModel:
     ) -> None:
         self.close()
 
+    def beside(self, file: Path) -> LlamaModel:
+        """Another file, opened with the same settings."""
+        return LlamaModel(file, ctx=self.ctx, threads=self.threads, gpu_layers=self.gpu_layers)
+
     # --- what is in it ---------------------------------------------------------------------
+
+    @property
+    def engine(self) -> str:
+        return engine_version()
+
+    @property
+    def device(self) -> str:
+        return f"gpu_layers={self.gpu_layers}" if self.gpu_layers else "cpu"
+
+    @property
+    def positions(self) -> int:
+        """Scored positions of a window."""
+        return self.ctx - 1 - self.ctx // 2
+
+    def targets(self, windows: Tokens) -> Tokens:
+        """The token that each scored position ought to predict, [n, positions]."""
+        return windows[:, self.ctx // 2 + 1 :]
+
+    @functools.cached_property
+    def facts(self) -> ModelFacts:
+        return identity.model_facts(self.header)
 
     def units(self, grouping: units.Grouping = "tensor") -> list[units.Unit]:
         return units.find(self.header, grouping)
@@ -177,7 +204,7 @@ class LlamaModel:
             pointer = capi.llama_get_logits(self._context)
             shape = (len(group), width, self.n_vocab)
             whole = np.ctypeslib.as_array(pointer, shape)
-            yield from whole[:, : part.stop - part.start]
+            yield from whole[:, : self.positions]
 
     def _decode(self, context: Any, windows: Tokens, first_output: int) -> None:
         count, length = windows.shape
