@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -16,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitplan.errors import ArtifactError
+from bitplan.files import write_text
 from bitplan.version import __version__
 
 
@@ -95,6 +95,7 @@ class Artifact(Record):
         return json.dumps(self.model_dump(by_alias=True), indent=1, ensure_ascii=False) + "\n"
 
     def save(self, path: Path) -> None:
+        """Write it whole, or not at all. Raises ArtifactError."""
         write_text(path, self.dumps())
 
 
@@ -268,32 +269,23 @@ def schema_of(kind: type[Artifact]) -> str:
 
 def load(path: Path | str, kind: type[A]) -> A:
     """Read an artefact. Raises ArtifactError: missing, damaged, of another kind or version."""
-    path = Path(path)
+    path, again = Path(path), f"make it again with `bitplan {_MAKER[kind.kind]}`."
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check the path.") from None
     except ValueError:
-        raise ArtifactError(
-            f"{path}: is not valid JSON; it is damaged, so make it again with"
-            f" `bitplan {_MAKER[kind.kind]}`."
-        ) from None
+        raise ArtifactError(f"{path}: is not valid JSON; it is damaged, so {again}") from None
     found = raw.get("schema") if isinstance(raw, dict) else None
     if found != schema_of(kind):
         what = f"is a {found!r} artefact" if found else "is not a bitplan artefact"
-        raise ArtifactError(
-            f"{path}: {what}, but {schema_of(kind)!r} is needed; make it again with"
-            f" `bitplan {_MAKER[kind.kind]}`."
-        )
+        raise ArtifactError(f"{path}: {what}, but {schema_of(kind)!r} is needed; {again}")
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(
-            f"{path}: {where}: {first['msg'].lower()}; make it again with"
-            f" `bitplan {_MAKER[kind.kind]}`."
-        ) from None
+        raise ArtifactError(f"{path}: {where}: {first['msg'].lower()}; {again}") from None
 
 
 _MAKER = {
@@ -303,18 +295,3 @@ _MAKER = {
     "evaluation": "evaluate",
     "study": "study",
 }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a half-written file never has the final name."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ArtifactError(f"{path}: cannot be written ({error.strerror}).") from None

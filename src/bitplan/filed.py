@@ -16,8 +16,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bitplan.artifacts import Measurement, write_text
+from bitplan.artifacts import Measurement
 from bitplan.errors import ArtifactError
+from bitplan.files import write_text
 from bitplan.studies import Case, Measured
 
 Hook = Callable[[Case, Path], list[Measurement]]

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitplan import budget, formats, hub, text
-from bitplan.artifacts import Budget, ModelFacts, Plan, load, write_text
+from bitplan.artifacts import Budget, ModelFacts, Plan, load
 from bitplan.demo import corpus
 from bitplan.errors import ImatrixError, UnknownNameError, UsageError, WriteError
+from bitplan.files import write_text
 from bitplan.formats import Format
 from bitplan.gguf_file import Header
 from bitplan.units import Grouping

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bitplan import artifacts, report_study
+from bitplan import artifacts, files, report_study
 from bitplan.artifacts import Artifact, Evaluation, Plan, Quantized, Sensitivity
 from bitplan.errors import ArtifactError
 from bitplan.reporting import charts, figures, findings, heatmaps, scales, verdict, wording
@@ -61,7 +61,7 @@ def write(
         "report.json": json.dumps(summary(facts), indent=1, ensure_ascii=False) + "\n",
     }
     for name, text in texts.items():
-        artifacts.write_text(directory / name, text)
+        files.write_text(directory / name, text)
     return [directory / name for name in texts] + figures.save(facts, directory / "figures")
 
 

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bitplan import artifacts, summary_study
+from bitplan import files, summary_study
 from bitplan.reporting import (
     study_axes,
     study_charts,
@@ -33,7 +33,7 @@ def write(results: Results, out: Path) -> list[Path]:
     texts = {"report.html": html(results), "report.md": markdown(results)}
     before = _pictures(out)
     for name, text in texts.items():
-        artifacts.write_text(out / name, text)
+        files.write_text(out / name, text)
     pictures = study_figures.save(results.story.charts, out / "figures")
     for old in before - set(pictures):
         old.unlink(missing_ok=True)

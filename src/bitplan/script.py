@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitplan import removal, text
-from bitplan.artifacts import write_text
 from bitplan.errors import UsageError, WriteError
+from bitplan.files import write_text
 from bitplan.gguf_file import Header
 from bitplan.text import Windows
 from bitplan.units import quantizable
@@ -46,7 +46,7 @@ class Block:
 
 
 def save(path: Path, subjects: Sequence[Subject], rows: Sequence[Sequence[Listed]]) -> None:
-    """Write the script and what it reads. Raises UsageError, WriteError."""
+    """Write the script and what it reads. Raises UsageError, WriteError, ArtifactError."""
     blocks = []
     for i, (subject, listed) in enumerate(zip(subjects, rows, strict=True), 1):
         stem = f"{path.stem}.{i}" if len(subjects) > 1 else path.stem

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitplan.artifacts import Plan, Sensitivity
-from bitplan.errors import ArtifactError
+from bitplan.files import write_bytes
 from bitplan.reporting import charts, heatmaps
 from bitplan.reporting.findings import NOT_QUANTIZED, Findings
 from bitplan.reporting.scales import (
@@ -53,16 +53,22 @@ def save(facts: Findings, folder: Path) -> list[Path]:
         drawn["sensitivity"] = lambda: sensitivity(table)
     if facts.spend:
         drawn["spend"] = lambda: spend(facts)
-    paths = []
+    paths: list[Path] = []
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a name in letters that the font lacks
         for name, draw in drawn.items():
-            figure = draw()
-            for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
-                picture = io.BytesIO()
-                figure.savefig(picture, format=suffix, metadata=metadata)
-                paths.append(folder / f"{name}.{suffix}")
-                write_bytes(paths[-1], picture.getvalue())
+            paths += written(draw(), folder, name)
+    return paths
+
+
+def written(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """One figure as FOLDER/NAME.png and .svg. Raises ArtifactError."""
+    paths = []
+    for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
+        picture = io.BytesIO()
+        figure.savefig(picture, format=suffix, metadata=metadata)
+        paths.append(folder / f"{name}.{suffix}")
+        write_bytes(paths[-1], picture.getvalue())
     return paths
 
 
@@ -201,15 +207,3 @@ def _image(axes: Axes, cells: dict[heatmaps.Place, float], **colours: Any) -> An
     )
     axes.invert_yaxis()
     return image
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Under a temporary name first, as everything that bitplan writes."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ArtifactError(f"{path}: cannot be written ({error.strerror}).") from None

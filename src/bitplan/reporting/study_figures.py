@@ -6,7 +6,6 @@ ids.
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 import warnings
@@ -45,16 +44,11 @@ def save(charts: Sequence[Chart], folder: Path) -> list[Path]:
     import matplotlib as mpl
 
     draw = {"bars": bars, "layers": strips, "lines": plane, "scatter": plane}
-    paths = []
+    paths: list[Path] = []
     with mpl.rc_context(figures.STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a name in letters that the font lacks
         for name, chart in zip(slugs(charts), charts, strict=True):
-            figure = draw[chart.kind](chart)
-            for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
-                picture = io.BytesIO()
-                figure.savefig(picture, format=suffix, metadata=metadata)
-                paths.append(folder / f"{name}.{suffix}")
-                figures.write_bytes(paths[-1], picture.getvalue())
+            paths += figures.written(draw[chart.kind](chart), folder, name)
     return paths
 
 
