@@ -127,7 +127,7 @@ class VariantFacts(Record):
     tensor_bytes: int
     """Of the tensors' data alone."""
     bpw: float
-    how: Literal["reference", "swap", "file"]
+    how: Literal["reference", "swap"]
     removed: list[int]
     """Layers that are left out."""
     mix: list[Mix]

@@ -259,7 +259,6 @@ def _facts(model: Measured, index: int) -> list[VariantFacts]:
 
 def _fact(model: Measured, case: Case, index: int) -> VariantFacts:
     v = case.variant
-    how = "reference" if case is model.reference else "swap"
     return VariantFacts(
         name=v.name,
         title=case.title,
@@ -269,7 +268,7 @@ def _fact(model: Measured, case: Case, index: int) -> VariantFacts:
         bytes=case.bytes,
         tensor_bytes=case.tensor_bytes,
         bpw=case.bpw,
-        how=how,  # type: ignore[arg-type]
+        how="reference" if case is model.reference else "swap",
         removed=list(v.removed),
         mix=mixes(v),
         measurements=[*_measurements(model, case, case.tokens), *case.extra.values()],

@@ -95,11 +95,8 @@ def interval(finding: Finding) -> Interval | None:
 def steps(results: Results) -> list[Step]:
     """The study from the model to its findings, with its own numbers."""
     own = [v for v in results.variants if v.how != "reference"]
-    files = any(v.by_file or v.how == "file" for v in own)
-    swapped = any(v.how == "swap" for v in own)
-    how = "Rounded in memory" if swapped else "Written as files"
+    files = any(v.by_file for v in own)
     also = "; the same as real files, each written, loaded and measured" if files else ""
-    swap = f"weights change in the loaded model{also}" if swapped else "each loaded and measured"
     text = results.texts[0] if results.texts else None
     return [
         Step(
@@ -107,7 +104,7 @@ def steps(results: Results) -> list[Step]:
             "; ".join(f"{m.name}, {human(m.bytes)}, {m.layers} layers" for m in results.models),
         ),
         Step(_many(len(own), "variant"), _kinds(own)),
-        Step(how, swap),
+        Step("Rounded in memory", f"weights change in the loaded model{also}"),
         Step(
             "Same windows",
             f"{text.windows} of {text.ctx} tokens from {text.source}" if text else "",
