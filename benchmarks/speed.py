@@ -142,7 +142,7 @@ def quantize(args: argparse.Namespace, scratch: Path) -> None:
     def theirs() -> None:
         quiet("llama-quantize", *rules, source, scratch / "theirs.gguf", "Q4_K_M", threads)
 
-    paired("quantizing 0.4 billion weights", ours, theirs, min(args.runs, 3))
+    paired("quantizing 0.4 billion weights", ours, theirs, args.runs)
 
 
 def write_large(path: Path) -> None:
