@@ -24,9 +24,10 @@ import gguf
 import numpy as np
 
 from bitplan import demo, divergence, formats, gguf_file, measure, text, units
+from bitplan.errors import WriteError
 from bitplan.runtimes.llamacpp import LlamaModel, available_cores, engine_version, scored
 from bitplan.writers import gguf as writer
-from bitplan.writers.gguf_child import pattern
+from bitplan.writers.gguf_child import Job, pattern
 
 
 def main() -> None:
@@ -143,6 +144,17 @@ def quantize(args: argparse.Namespace, scratch: Path) -> None:
         quiet("llama-quantize", *rules, source, scratch / "theirs.gguf", "Q4_K_M", threads)
 
     paired("quantizing 0.4 billion weights", ours, theirs, args.runs)
+    begun = statistics.median(timed(child_alone)[0] for _ in range(args.runs))
+    print(f"of which starting the child process: {begun:.2f} s (median of {args.runs})")
+
+
+def child_alone() -> None:
+    """The child process with nothing to do: its source does not exist, so it ends once started."""
+    try:
+        writer.run_child(Job(source="absent.gguf", target="none.gguf", ftype=0))
+    except WriteError as error:
+        if "absent.gguf" not in str(error):  # it did not get as far as the source
+            raise
 
 
 def write_large(path: Path) -> None:
