@@ -17,7 +17,7 @@ from bitplan.filed import Entry
 from bitplan.metrics import memory as resident
 from bitplan.results import Results, Story
 from bitplan.studies import Case, Cases, Measured, memory
-from bitplan.studies.memory import Options
+from bitplan.studies.memory import Options, figures
 from bitplan.subject import Setting, Subject
 from planted import measured, ranked
 
@@ -67,14 +67,14 @@ def planted(path: Path, share: float, error: float) -> Measured:
 
     def extra(case: Case) -> dict[str, Measurement]:
         values: dict[str, float] = {
-            memory.DISK: case.bytes,
-            memory.PREDICTED: case.tensor_bytes + BESIDE,
+            figures.DISK: case.bytes,
+            figures.PREDICTED: case.tensor_bytes + BESIDE,
         }
         for mode in resident.MODES:
             window = BESIDE + share * case.tensor_bytes + 10_000_000
             values |= {
-                memory.metric("loaded", mode): window - 10,
-                memory.metric("window", mode): window,
+                figures.metric("loaded", mode): window - 10,
+                figures.metric("window", mode): window,
             }
         return {k: Measurement(metric=k, value=v, stderr=error) for k, v in values.items()}
 
@@ -124,8 +124,8 @@ def test_a_saving_within_its_error_is_none(share: float, error: float, twelve_la
 
 def test_the_saved_share_and_its_error_follow_the_formula(twelve_layers: Path) -> None:
     curve = planted(twelve_layers, 1.0, 1000.0).series("schedule")
-    start, end = (c.extra[memory.WINDOW].value for c in (curve[0], curve[-1]))
-    share, error = memory.saved(curve[-1], curve[0])
+    start, end = (c.extra[figures.WINDOW].value for c in (curve[0], curve[-1]))
+    share, error = figures.saved(curve[-1], curve[0])
     assert share == pytest.approx(1 - end / start)
     by_end, by_start = 1000 / start, 1000 * end / start**2  # derivatives times the errors
     assert error == pytest.approx((by_end**2 + by_start**2) ** 0.5)
@@ -135,7 +135,7 @@ def test_a_file_of_another_size_than_predicted_is_named(twelve_layers: Path) -> 
     found = planted(twelve_layers, 1.0, 0.0)
     assert "to the byte" in told(found).findings[0].text
     name, case = next(iter(found.cases.items()))
-    wrong = {**case.extra, memory.DISK: Measurement(metric=memory.DISK, value=case.bytes + 1)}
+    wrong = {**case.extra, figures.DISK: Measurement(metric=figures.DISK, value=case.bytes + 1)}
     cases = {**found.cases, name: dataclasses.replace(case, extra=wrong)}
     odd = told(dataclasses.replace(found, cases=cases)).findings[0]
     assert f"instead of {case.bytes:,}" in odd.text
@@ -235,12 +235,12 @@ def test_end_to_end_on_real_files(
     assert not list((out / "files").iterdir())
     uniform, low = found.variants[1:]
     for v in (uniform, low):
-        assert v.value(memory.DISK) == v.bytes
-    predicted = [v.value(memory.PREDICTED) or 0 for v in (uniform, low)]
+        assert v.value(figures.DISK) == v.bytes
+    predicted = [v.value(figures.PREDICTED) or 0 for v in (uniform, low)]
     assert predicted[0] - predicted[1] == uniform.tensor_bytes - low.tensor_bytes
     for v in found.variants:
         for mode in resident.MODES:
-            assert (v.value(memory.metric("window", mode)) or 0) > v.tensor_bytes
+            assert (v.value(figures.metric("window", mode)) or 0) > v.tensor_bytes
 
 
 def test_figures_of_files_hold_for_their_threads_and_all_shards(
@@ -263,7 +263,7 @@ def test_figures_of_files_hold_for_their_threads_and_all_shards(
             found = study.run("memory", [subject], given(order="position"), tmp_path / "out")
     assert len(asked) == 2 * 4 * len(resident.MODES) * memory.RUNS  # the third run measures nothing
     for variant in found.variants:  # the reference lies in several parts
-        assert variant.value(memory.DISK) == variant.bytes
+        assert variant.value(figures.DISK) == variant.bytes
 
 
 def split(path: Path, folder: Path) -> list[Path]:

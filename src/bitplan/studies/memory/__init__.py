@@ -20,15 +20,26 @@ from bitplan import engine_memory, gguf_file, scorers
 from bitplan.artifacts import Measurement, Record
 from bitplan.budget import human
 from bitplan.errors import RuntimeFailure, UsageError
-from bitplan.metrics import memory, told
-from bitplan.reporting.wording import percent, with_error
-from bitplan.results import Chart, Finding, Story, Table
+from bitplan.metrics import memory
+from bitplan.reporting.wording import with_error
+from bitplan.results import Chart, Story, Table
 from bitplan.studies import Case, Cases, Measured, Subject, Variant, curves, equal_bytes, pictures
+from bitplan.studies.memory import findings
+from bitplan.studies.memory.figures import (
+    DISK,
+    MAPPED,
+    PREDICTED,
+    WINDOW,
+    error_of,
+    in_percent,
+    metric,
+    saved,
+    value_of,
+)
 
 MODELS = 1
 
 RUNS, POINTS = 3, 8
-DISK, PREDICTED = "disk", "memory_predicted"
 
 
 class Options(Record):
@@ -83,10 +94,6 @@ def measure(subject: Subject, options: Options, case: Case, file: Path) -> list[
     return found
 
 
-def metric(when: str, mode: str) -> str:
-    return f"memory_{when}_{mode}"
-
-
 def _bytes(name: str, runs: Sequence[int]) -> Measurement:
     error = statistics.stdev(runs) / math.sqrt(len(runs)) if len(runs) > 1 else None
     value = statistics.mean(runs)
@@ -101,120 +108,22 @@ def story(cases: Cases, options: Options) -> Story:
     curve = measured.series("schedule")
     return Story(
         headline=_headline(curve, options),
-        findings=[_disk(curve), _saving(curve, options), _prediction(curve), _opened(curve)],
+        findings=findings.all_of(curve, options.low),
         tables=[_table(measured, curve, options), _modes(measured, curve)],
         charts=[_chart(curve, options), _costs(curve, options)],
         notes=_notes(measured, options),
     )
 
 
-def _value(case: Case, name: str) -> float:
-    return case.extra[name].value
-
-
-def _error(case: Case, name: str) -> float:
-    return case.extra[name].stderr or 0.0
-
-
-WINDOW, MAPPED = metric("window", "read"), metric("window", "mmap")
-"""Read into memory is what a process needs for itself; the figures are told by it."""
-
-
-def saved(case: Case, start: Case, name: str = WINDOW) -> tuple[float, float]:
-    """Share of the start's bytes that a variant does without, and its standard error."""
-    one, other = _value(case, name), _value(start, name)
-    relative = math.hypot(_error(case, name) / one, _error(start, name) / other)
-    return 1 - one / other, one / other * relative
-
-
-def _amount(value: float, error: float) -> str:
-    """`25.022 ± 0.023 MB`."""
-    scale, unit = equal_bytes.unit([value])
-    return f"{with_error(value / scale, error / scale)} {unit}"
-
-
-def _percent(share: tuple[float, float]) -> str:
-    return f"{with_error(100 * share[0], 100 * share[1])} %"
-
-
 def _headline(curve: Sequence[Case], options: Options) -> str:
     start, end = curve[0], curve[-1]
     share, error = saved(end, start)
-    size = _percent((abs(share), error))
+    size = in_percent((abs(share), error))
     change = f"take {size} more memory" if share < 0 else f"save {size} of the memory in use"
     return (
         f"All layers in {options.low} instead of {options.high} {change} after a first window of"
-        f" {options.context} tokens ({human(_value(start, WINDOW))} to"
-        f" {human(_value(end, WINDOW))}), and save {_percent(saved(end, start, DISK))} on disk."
-    )
-
-
-def _disk(curve: Sequence[Case]) -> Finding:
-    wrong = [
-        f"{c.title}: {_value(c, DISK):,.0f} bytes instead of {c.bytes:,}."
-        for c in curve
-        if _value(c, DISK) != c.bytes
-    ]
-    right = f"All {len(curve)} files have the predicted size, to the byte."
-    return Finding(title="On disk", text=" ".join(wrong) or right)
-
-
-def _saving(curve: Sequence[Case], options: Options) -> Finding:
-    """How much of what tensors shrink by arrives in memory."""
-    start, end = curve[0], curve[-1]
-    gone = start.tensor_bytes - end.tensor_bytes
-    less = _value(start, WINDOW) - _value(end, WINDOW)
-    error = math.hypot(_error(start, WINDOW), _error(end, WINDOW))
-    shown = told(less, error)
-    text = (
-        f"The tensors shrink by {human(gone)}, but memory after a first window grows by"
-        f" {_amount(-less, error)}."
-        if shown and less < 0
-        else f"The tensors shrink by {human(gone)}, memory after a first window by"
-        f" {_amount(less, error)}: {percent(less / gone) if gone else 'none'} of it arrives."
-        if shown
-        else f"No difference measured: memory changes by {_amount(less, error)}, while the"
-        f" tensors shrink by {human(gone)}."
-    )
-    return Finding(
-        title=f"What {options.low} saves in memory",
-        text=text, difference=less, stderr=error, unit="bytes", shown=shown,
-    )  # fmt: skip
-
-
-def _prediction(curve: Sequence[Case]) -> Finding:
-    parts = []
-    for label, mode in (("read into memory", "read"), ("mapped", "mmap")):
-        gaps = [_value(c, metric("window", mode)) - _value(c, PREDICTED) for c in curve]
-        parts.append(f"{label}, {human(min(gaps))} to {human(max(gaps))}")
-    return Finding(
-        title="Prediction against measurement",
-        text=f"What is resident after a first window beyond tensors, KV cache and compute buffers:"
-        f" {'; '.join(parts)}. That is the vocabulary, the graph, scratch memory of the kernels and"
-        " the heap's slack; what only mapped files have is told below.",
-    )
-
-
-def _opened(curve: Sequence[Case]) -> Finding:
-    names = MAPPED, WINDOW
-    case = max(curve, key=lambda c: abs(_value(c, names[0]) - _value(c, names[1])))
-    gap = _value(case, names[0]) - _value(case, names[1])
-    error = math.hypot(*(_error(case, n) for n in names))
-    shown = told(gap, error)
-    text = (
-        f"{case.title}: mapped, the model takes {_amount(abs(gap), error)}"
-        f" {'more' if gap > 0 else 'less'} than read into memory."
-        if shown
-        else f"No difference measured between a file that is mapped and one that is read:"
-        f" {_amount(gap, error)} at most."
-    )
-    if shown and gap > 0:
-        text += (
-            " llama.cpp repacks tensors of some formats for the CPU into memory of its own; the"
-            " mapped originals, once touched, count as well until the system drops them."
-        )
-    return Finding(
-        title="Mapped or read", text=text, difference=gap, stderr=error, unit="bytes", shown=shown
+        f" {options.context} tokens ({human(value_of(start, WINDOW))} to"
+        f" {human(value_of(end, WINDOW))}), and save {in_percent(saved(end, start, DISK))} on disk."
     )
 
 
@@ -224,11 +133,11 @@ def _table(measured: Measured, curve: Sequence[Case], options: Options) -> Table
         [
             f"{curves.case_bits(measured.subject, case):.2f}",
             str(case.variant.step),
-            f"{_value(case, DISK):,.0f}",
-            human(_value(case, PREDICTED)),
-            human(_value(case, metric("loaded", "read"))),
-            human(_value(case, WINDOW)),
-            _percent(saved(case, start)) if case is not start else "",
+            f"{value_of(case, DISK):,.0f}",
+            human(value_of(case, PREDICTED)),
+            human(value_of(case, metric("loaded", "read"))),
+            human(value_of(case, WINDOW)),
+            in_percent(saved(case, start)) if case is not start else "",
             with_error(*case.kl),
         ]
         for case in curve
@@ -252,7 +161,7 @@ def _modes(measured: Measured, curve: Sequence[Case]) -> Table:
         title="Mapped and read, resident bytes",
         columns=["Model", "Mapped: loaded", "first window", "Read: loaded", "first window"],
         rows=[
-            [case.title, *(human(_value(case, name)) for name in names)]
+            [case.title, *(human(value_of(case, name)) for name in names)]
             for case in (measured.reference, *curve)
         ],
     )
@@ -266,11 +175,11 @@ def _chart(curve: Sequence[Case], options: Options) -> Chart:
         "after a first window": WINDOW,
         "the same, mapped": MAPPED,
     }
-    scale, unit = equal_bytes.unit([_value(c, n) for c in curve for n in lines.values()])
+    scale, unit = equal_bytes.unit([value_of(c, n) for c in curve for n in lines.values()])
     steps, titles = [c.variant.step for c in curve], [c.title for c in curve]
 
     def rows(name: str) -> list[tuple[float, float]]:
-        return [(_value(c, name) / scale, _error(c, name) / scale) for c in curve]
+        return [(value_of(c, name) / scale, error_of(c, name) / scale) for c in curve]
 
     return Chart(
         name="memory", kind="lines", x=f"Layers in {options.low}", y=f"Size, {unit}",
@@ -280,9 +189,9 @@ def _chart(curve: Sequence[Case], options: Options) -> Chart:
 
 
 def _costs(curve: Sequence[Case], options: Options) -> Chart:
-    scale, unit = equal_bytes.unit([_value(c, WINDOW) for c in curve])
+    scale, unit = equal_bytes.unit([value_of(c, WINDOW) for c in curve])
     rows = [c.kl for c in curve]
-    at = [_value(c, WINDOW) / scale for c in curve]
+    at = [value_of(c, WINDOW) / scale for c in curve]
     return Chart(
         name="kl", kind="lines", title="What memory costs in KL", log_y=True,
         x=f"Memory after a first window, {unit}", y="KL from the reference, nats per token",
