@@ -18,6 +18,7 @@ from scipy import stats
 from bitplan.metrics import mean
 from bitplan.reporting.wording import sig, with_error
 from bitplan.results import Finding
+from bitplan.studies import curves
 
 Floats = npt.NDArray[np.float64]
 
@@ -143,10 +144,8 @@ def fitted(low: npt.NDArray[np.bool_], kl: Floats) -> Sum:
 
 def shares(bits: Sequence[float], steps: Sequence[int]) -> Floats:
     """Part of the curve (over bits, by trapezoids) in which the n-th layer moved is low."""
-    widths = np.abs(np.diff(np.asarray(bits, float)))
-    weights = (np.append(widths, 0) + np.append(0, widths)) / 2 / (widths.sum() or 1)
     moved = np.arange(steps[-1])[:, None] < np.asarray(steps)[None, :]
-    return np.asarray(moved @ weights, dtype=float)
+    return np.asarray(moved @ curves.trapezoids(bits), dtype=float)
 
 
 def among_all(model: Sum, random: Floats, means: Sequence[tuple[str, float]]) -> Finding:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bitplan import formats
+from bitplan import formats, scorers
+from bitplan.errors import UsageError
 from bitplan.metrics import mean, told
 from bitplan.reporting.wording import with_error
 from bitplan.results import Finding
@@ -38,6 +39,16 @@ def known(*names: str) -> None:
     and time. Empty names stand for defaults."""
     for name in filter(None, names):
         formats.get(name)
+
+
+def orders(text: str) -> list[str]:
+    """`lim,position` -> the scorers' names, each once. Raises UsageError, UnknownNameError."""
+    named = list(dict.fromkeys(n.strip() for n in text.split(",") if n.strip()))
+    if not named:
+        raise UsageError("--orders names no scorer; try lim,position.")
+    for name in named:
+        scorers.get(name)
+    return named
 
 
 def ranking(importances: Mapping[int, float]) -> list[int]:
@@ -77,6 +88,17 @@ def stored(subject: Subject, by_layer: Mapping[int, str], outside: str) -> dict[
         if name is not None:
             types |= {t.name: table[name][t.name] for t in unit.tensors}
     return types
+
+
+def moved(
+    subject: Subject, ranked: Sequence[int], count: int, high: str, low: str, outside: str = ""
+) -> dict[str, str]:
+    """Tensor -> format with the first `count` of `ranked` layers in `low`, the others in `high`.
+
+    outside: format of what lies outside the layers; the high one unless given.
+    """
+    by_layer = dict.fromkeys(ranked, high) | dict.fromkeys(ranked[:count], low)
+    return stored(subject, by_layer, outside or high)
 
 
 def average_bits(
@@ -200,12 +222,17 @@ def averaged(bits: Sequence[float], curve: Sequence[Case], metric: str = "kl") -
     """
     if len(curve) == 1 or bits[0] == bits[-1]:
         return np.mean([getattr(c.own, metric) for c in curve], axis=0)  # type: ignore[no-any-return]
-    widths = np.abs(np.diff(np.asarray(bits, float)))
-    shares = (np.append(widths, 0) + np.append(0, widths)) / 2 / widths.sum()
     total = np.zeros_like(curve[0].own.kl)
-    for share, case in zip(shares, curve, strict=True):
+    for share, case in zip(trapezoids(bits), curve, strict=True):
         total += share * getattr(case.own, metric)
     return total
+
+
+def trapezoids(bits: Sequence[float]) -> Floats:
+    """[points] what each counts for in the area over bits; the sum is 1, or 0 without any width."""
+    widths = np.abs(np.diff(np.asarray(bits, float)))
+    shares: Floats = (np.append(widths, 0) + np.append(0, widths)) / 2 / (widths.sum() or 1)
+    return shares
 
 
 def against(title: str, name: str, own: Floats, other_name: str, other: Floats) -> Finding:

@@ -55,20 +55,10 @@ class Order(NamedTuple):
     seed: int
 
 
-def scorers_of(options: Options) -> list[str]:
-    """The scorers that are asked for. Raises UsageError, UnknownNameError."""
-    named = list(dict.fromkeys(n.strip() for n in options.orders.split(",") if n.strip()))
-    if not named:
-        raise UsageError("--orders names no scorer; try lim,random.")
-    for name in named:
-        scorers.get(name)
-    return named
-
-
 def orders(subject: Subject, options: Options) -> list[Order]:
     """The curves; random ones by seed, each different from the others as far as layers allow."""
     found = []
-    for name in scorers_of(options):
+    for name in curves.orders(options.orders):
         if name != RANDOM:
             found.append(Order(name, name, 0))
             continue
@@ -98,13 +88,13 @@ def _moved(subject: Subject, options: Options, order: Order) -> list[Variant]:
     ranked = curves.ranking(subject.importances(order.scorer, options.low, order.seed))
     found = []
     for count in curves.every(len(ranked), options.steps):
-        low = set(ranked[:count])
-        formats = {layer: options.low if layer in low else options.high for layer in ranked}
         found.append(
             Variant(
                 name=f"{order.name.replace(':', '-').replace(' ', '-')}_{count}",
                 title=f"{order.name}, {count} of {len(ranked)} layers in {options.low}",
-                types=curves.stored(subject, formats, options.outside or options.high),
+                types=curves.moved(
+                    subject, ranked, count, options.high, options.low, options.outside
+                ),
                 series=order.name,
                 step=count,
             )
@@ -224,7 +214,7 @@ def _ties(found: Found) -> list[Finding]:
 
 def _layers(measured: Measured, options: Options) -> list[Chart]:
     """Layers coloured by importance, for each scorer; a reversed order shows nothing new."""
-    named = [name for name in scorers_of(options) if name not in _TRIVIAL]
+    named = [name for name in curves.orders(options.orders) if name not in _TRIVIAL]
     plain = dict.fromkeys(n.removeprefix("reverse:") for n in named)
     return [
         pictures.layers(

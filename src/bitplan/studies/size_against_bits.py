@@ -55,13 +55,11 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
     ranked = curves.ranking(subject.importances(options.order, low))
     found = []
     for count in curves.every(len(ranked), options.steps):
-        moved = set(ranked[:count])
-        formats = {layer: low if layer in moved else high for layer in ranked}
         found.append(
             Variant(
                 name=f"{high}-{low}_{count}",
                 title=f"{count} of {len(ranked)} layers in {low}, the others in {high}",
-                types=curves.stored(subject, formats, high),
+                types=curves.moved(subject, ranked, count, high, low),
                 series=SERIES,
                 step=count,
             )

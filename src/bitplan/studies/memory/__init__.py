@@ -65,9 +65,7 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
     counts = curves.every(len(ranked), options.steps or math.ceil(len(ranked) / POINTS))
     found = []
     for count in counts:
-        moved = set(ranked[:count])
-        formats = {layer: options.low if layer in moved else options.high for layer in ranked}
-        types = curves.stored(subject, formats, options.outside or options.high)
+        types = curves.moved(subject, ranked, count, options.high, options.low, options.outside)
         name = f"{options.order.replace(':', '-')}_{count}"
         title = f"{count} of {len(ranked)} layers in {options.low}"
         found.append(Variant(name, types, title, "schedule", count))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import Field
 
-from bitplan import removal, scorers
+from bitplan import removal
 from bitplan.artifacts import Record
 from bitplan.budget import human
 from bitplan.errors import UsageError
@@ -53,7 +53,7 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
     curves.known(options.high, options.low, options.outside)
     removal.check(subject.header, subject.layers[1:])
     found = []
-    for order in _orders(options):
+    for order in curves.orders(options.orders):
         ranked = curves.ranking(subject.importances(order, options.low))
         counts = curves.every(len(ranked), options.steps)
         found += [_moved(subject, options, order, ranked, n) for n in counts]
@@ -62,24 +62,13 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
     return found
 
 
-def _orders(options: Options) -> list[str]:
-    named = list(dict.fromkeys(n.strip() for n in options.orders.split(",") if n.strip()))
-    if not named:
-        raise UsageError("--orders names no scorer; try lim,position.")
-    for name in named:
-        scorers.get(name)
-    return named
-
-
 def _moved(
     subject: Subject, options: Options, order: str, ranked: Sequence[int], count: int
 ) -> Variant:
-    low = set(ranked[:count])
-    formats = {layer: options.low if layer in low else options.high for layer in ranked}
     return Variant(
         name=f"quantize-{order.replace(':', '-')}_{count}",
         title=f"{count} of {len(ranked)} layers in {options.low} by {order}",
-        types=curves.stored(subject, formats, options.outside or options.high),
+        types=curves.moved(subject, ranked, count, options.high, options.low, options.outside),
         series=quantizing_by(order),
         step=count,
     )
@@ -105,7 +94,7 @@ def _removed(
 
 def duels(measured: Measured, options: Options) -> list[Duel]:
     """Every order against itself; the others' removal also against quantizing by the first."""
-    named = _orders(options)
+    named = curves.orders(options.orders)
     same = [Duel(measured, o, o) for o in named]
     return same + [Duel(measured, o, named[0]) for o in named[1:]]
 
@@ -162,7 +151,7 @@ def _finding(duel: Duel) -> Finding:
 
 def _removals(measured: Measured, options: Options) -> list[Finding]:
     """Whether the order matters to what is removed: the first against each other one."""
-    first, *others = _orders(options)
+    first, *others = curves.orders(options.orders)
     own = measured.series(removing_by(first))
     bits = [curves.case_bits(measured.subject, c) for c in own]
     found = []
@@ -218,7 +207,7 @@ def _cells(case: Case) -> list[str]:
 
 
 def _charts(measured: Measured, options: Options) -> list[Chart]:
-    names = [n for o in _orders(options) for n in (quantizing_by(o), removing_by(o))]
+    names = [n for o in curves.orders(options.orders) for n in (quantizing_by(o), removing_by(o))]
     drawn = {n: measured.series(n) for n in names}
     scale, unit = equal_bytes.unit([c.bytes for own in drawn.values() for c in own])
 
@@ -262,7 +251,7 @@ def _notes(measured: Measured, options: Options) -> list[str]:
         curves.average_bits(subject, subject.everywhere(name))
         for name in (options.high, options.low)
     )
-    whole = measured.series(quantizing_by(_orders(options)[0]))[-1]
+    whole = measured.series(quantizing_by(curves.orders(options.orders)[0]))[-1]
     return [
         f"{options.high} takes {high:.2f} bits a weight in the layers, {options.low} {low:.2f}: a"
         f" layer moved saves {percent(1 - low / high)} of a layer removed, so"
