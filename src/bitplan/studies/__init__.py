@@ -209,23 +209,31 @@ def difference(one: Case, other: Case, metric: str = "nll") -> tuple[float, floa
 
 def compared(title: str, one: Case, other: Case, metric: str = "kl") -> Finding:
     """Which of two variants loses less, with the paired error; or that nothing was measured."""
-    gap, error = difference(one, other, metric)
-    shown = told(gap, error)
-    better, worse = (one, other) if gap < 0 else (other, one)
     what = "KL" if metric == "kl" else "negative log-likelihood"
+    return less_lost(title, one.title, other.title, difference(one, other, metric), what)
+
+
+def less_lost(title: str, one: str, other: str, gap: tuple[float, float], what: str) -> Finding:
+    """The same for anything that is lost in nats per token.
+
+    one, other: their names. gap: (one - other) with its paired error. what: the measure, in words.
+    """
+    value, error = gap
+    better, worse = (one, other) if value < 0 else (other, one)
+    shown = told(value, error)
     text = (
-        f"{better.title} loses less than {worse.title}: {what} lower by"
-        f" {with_error(abs(gap), error)} nats per token."
+        f"{better} loses less than {worse}: {what} lower by"
+        f" {with_error(abs(value), error)} nats per token."
         if shown
-        else f"No difference measured between {one.title} and {other.title}: {what} differs by"
-        f" {with_error(gap, error)} nats per token."
+        else f"No difference measured between {one} and {other}: {what} differs by"
+        f" {with_error(value, error)} nats per token."
     )
     return Finding(
-        title=title, text=text, difference=gap, stderr=error, unit="nats/token", shown=shown
+        title=title, text=text, difference=value, stderr=error, unit="nats/token", shown=shown
     )
 
 
 __all__ = [
     "Case", "Cases", "Finding", "Header", "Measured", "ModelFacts", "Record", "Story", "Study",
-    "Subject", "Variant", "compared", "difference", "get", "names",
+    "Subject", "Variant", "compared", "difference", "get", "less_lost", "names",
 ]  # fmt: skip

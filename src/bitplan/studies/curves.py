@@ -19,10 +19,9 @@ import numpy.typing as npt
 
 from bitplan import formats, scorers
 from bitplan.errors import UsageError
-from bitplan.metrics import mean, told
-from bitplan.reporting.wording import with_error
+from bitplan.metrics import mean
 from bitplan.results import Finding
-from bitplan.studies import Case, Subject, difference
+from bitplan.studies import Case, Subject, difference, less_lost
 from bitplan.units import padded
 
 Floats = npt.NDArray[np.float64]
@@ -237,19 +236,7 @@ def trapezoids(bits: Sequence[float]) -> Floats:
 
 def against(title: str, name: str, own: Floats, other_name: str, other: Floats) -> Finding:
     """Which of two curves loses less on average, with the paired error of their mean KL."""
-    gap, error = mean(own - other)
-    better, worse = (name, other_name) if gap < 0 else (other_name, name)
-    shown = told(gap, error)
-    text = (
-        f"{better} loses less than {worse}: mean KL over the curve lower by"
-        f" {with_error(abs(gap), error)} nats per token."
-        if shown
-        else f"No difference measured between {name} and {other_name}: mean KL over the curve"
-        f" differs by {with_error(gap, error)} nats per token."
-    )
-    return Finding(
-        title=title, text=text, difference=gap, stderr=error, unit="nats/token", shown=shown
-    )
+    return less_lost(title, name, other_name, mean(own - other), "mean KL over the curve")
 
 
 def order_text(layers: Sequence[int]) -> str:
