@@ -45,6 +45,11 @@ def percent(fraction: float, digits: int = 0) -> str:
     return f"{100 * fraction:.{digits}f} %"
 
 
+def signed(share: float, error: float) -> str:
+    """`+1.49 ± 0.61 %` of a share."""
+    return f"{100 * share:+.2f} ± {100 * error:.2f} %"
+
+
 def measurement(metric: str, value: float, stderr: float | None = None) -> str:
     """A measurement as it stands in a table, without its unit where the column names it."""
     if metric in ("bytes", "memory"):

@@ -207,6 +207,12 @@ def difference(one: Case, other: Case, metric: str = "nll") -> tuple[float, floa
     return mean(getattr(one.own, metric) - getattr(other.own, metric))
 
 
+def change(one: Case, other: Case) -> tuple[float, float]:
+    """Perplexity of one over the other's, less 1, with the paired error (delta method)."""
+    gap, error = difference(one, other, "nll")
+    return math.expm1(gap), math.exp(gap) * error
+
+
 def compared(title: str, one: Case, other: Case, metric: str = "kl") -> Finding:
     """Which of two variants loses less, with the paired error; or that nothing was measured."""
     what = "KL" if metric == "kl" else "negative log-likelihood"
@@ -235,5 +241,5 @@ def less_lost(title: str, one: str, other: str, gap: tuple[float, float], what: 
 
 __all__ = [
     "Case", "Cases", "Finding", "Header", "Measured", "ModelFacts", "Record", "Story", "Study",
-    "Subject", "Variant", "compared", "difference", "get", "less_lost", "names",
+    "Subject", "Variant", "change", "compared", "difference", "get", "less_lost", "names",
 ]  # fmt: skip

@@ -7,15 +7,14 @@ with paired errors, ranks the layers. Phase 2 of a sensitivity study, for langua
 from __future__ import annotations
 
 import itertools
-import math
 
 from pydantic import Field
 
 from bitplan.artifacts import Record
 from bitplan.metrics import told
-from bitplan.reporting.wording import with_error
+from bitplan.reporting.wording import signed, with_error
 from bitplan.results import Chart, Finding, Point, Series, Story, Table
-from bitplan.studies import Case, Cases, Measured, Subject, Variant, compared, difference
+from bitplan.studies import Case, Cases, Measured, Subject, Variant, change, compared, difference
 
 MODELS = 1
 
@@ -72,15 +71,13 @@ def _point(case: Case) -> Point:
 def _table(measured: Measured, ranked: list[Case]) -> Table:
     rows = []
     for rank, case in enumerate(ranked, 1):
-        gap, error = difference(case, measured.reference, "nll")
-        change = math.expm1(gap)
         rows.append(
             [
                 str(rank),
                 case.title,
                 with_error(*case.kl),
                 with_error(case.perplexity, case.perplexity_error),
-                f"{100 * change:+.2f} ± {100 * (1 + change) * error:.2f} %",
+                signed(*change(case, measured.reference)),
             ]
         )
     return Table(

@@ -7,7 +7,6 @@ model, or whether the file is sound, without one; `bitplan study own --schema` p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from bitplan import formats, selection
@@ -15,9 +14,9 @@ from bitplan.budget import human
 from bitplan.errors import UsageError
 from bitplan.located import Where
 from bitplan.own_study import Options, Rule
-from bitplan.reporting.wording import sig, with_error
+from bitplan.reporting.wording import sig, signed, with_error
 from bitplan.results import Chart, Point, Series, Story, Table
-from bitplan.studies import Case, Cases, Measured, Subject, Variant, compared, difference
+from bitplan.studies import Case, Cases, Measured, Subject, Variant, change, compared, difference
 from bitplan.units import Unit
 
 MODELS = 1
@@ -129,14 +128,12 @@ def _table(measured: Measured, every: list[Case], best: Case) -> Table:
 
 
 def _row(case: Case, first: Case, reference: Case) -> list[str]:
-    gap, error = difference(case, reference, "nll")
-    change = math.expm1(gap)
     return [
         case.title,
         human(case.bytes),
         f"{case.bpw:.3f}",
         with_error(case.perplexity, case.perplexity_error),
-        f"{100 * change:+.2f} ± {100 * (1 + change) * error:.2f} %",
+        signed(*change(case, reference)),
         with_error(*case.kl),
         _won(case, first),
     ]

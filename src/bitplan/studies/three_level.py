@@ -8,7 +8,6 @@ formats are not 8, 4 and 2 bits, so exact bits and bytes are counted and shown.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,9 +19,19 @@ from bitplan.artifacts import Record
 from bitplan.budget import human
 from bitplan.errors import UsageError
 from bitplan.metrics import mean, told
-from bitplan.reporting.wording import sig, with_error
+from bitplan.reporting.wording import sig, signed, with_error
 from bitplan.results import Chart, Finding, Series, Story, Table
-from bitplan.studies import Case, Cases, Measured, Subject, Variant, curves, difference, pictures
+from bitplan.studies import (
+    Case,
+    Cases,
+    Measured,
+    Subject,
+    Variant,
+    change,
+    curves,
+    difference,
+    pictures,
+)
 
 MODELS = 1
 
@@ -217,10 +226,9 @@ def _table(rows: list[Row], measured: Measured) -> Table:
 
 
 def _change(case: Case, start: Case) -> str:
-    gap, error = difference(case, start)
     if case.variant.types == start.variant.types:
         return sig(case.perplexity, 4)
-    return f"{100 * math.expm1(gap):+.2f} ± {100 * math.exp(gap) * error:.2f} %"
+    return signed(*change(case, start))
 
 
 def _cells(row: Row, case: Case, start: Case, measured: Measured) -> list[str]:

@@ -11,7 +11,7 @@ from bitplan.metrics import mean
 from bitplan.results import Chart, Mark, Point, Series
 from bitplan.studies import Case
 from bitplan.studies.placement.sets import layers_of, really
-from bitplan.studies.placement.view import MIB, View, mib, ratio
+from bitplan.studies.placement.view import MIB, View, mib
 
 
 def all_of(seen: View) -> list[Chart]:
@@ -69,7 +69,7 @@ def perplexities(seen: View) -> Chart:
 
 def _paired(seen: View, case: Case) -> float:
     """Error of the distance from the reference: what the bar's length is uncertain by."""
-    return seen.measured.reference.perplexity * ratio(case, seen.measured.reference)[1]
+    return seen.measured.reference.perplexity * seen.change(case)[1]
 
 
 def sizes(seen: View, metric: str) -> Chart:

@@ -11,9 +11,10 @@ import shlex
 from collections.abc import Mapping
 
 from bitplan.presets import FTYPES
+from bitplan.reporting.wording import signed
 from bitplan.results import Command
 from bitplan.studies import Case, Subject
-from bitplan.studies.placement.view import View, level, mib, signed
+from bitplan.studies.placement.view import View, level, mib
 from bitplan.units import layer_and_role, quantizable
 from bitplan.writers import gguf, patterns
 

@@ -10,11 +10,11 @@ import itertools
 from collections.abc import Iterator
 
 from bitplan.metrics import mean, told
-from bitplan.reporting.wording import sig, with_error
+from bitplan.reporting.wording import sig, signed, with_error
 from bitplan.results import Finding
-from bitplan.studies import Case, compared, difference
+from bitplan.studies import Case, change, compared, difference
 from bitplan.studies.placement.sets import spelled
-from bitplan.studies.placement.view import View, alike, level, mib, ratio, signed
+from bitplan.studies.placement.view import View, alike, level, mib
 
 _RATE = "nats/token/MiB"
 
@@ -22,15 +22,14 @@ _RATE = "nats/token/MiB"
 def headline(seen: View) -> str:
     """The best, the best per MiB, and early against late, as far as they are told apart."""
     best, parts = seen.best, []
-    change = signed(*seen.change(best))
     following = next((c for c in seen.distinct if c is not best), None)
     first = f"{best.title} loses least"
     if following is not None and level(best, following):
         first += f", though no difference to {following.title} was measured"
     parts.append(
-        f"{first}: perplexity {change} against the reference, at {mib(best.bytes)}"
-        f" MiB ({signed(*seen.change(seen.uniform))} and {mib(seen.uniform.bytes)} MiB for"
-        f" {seen.uniform.title})."
+        f"{first}: perplexity {signed(*seen.change(best))} against the reference, at"
+        f" {mib(best.bytes)} MiB ({signed(*seen.change(seen.uniform))} and"
+        f" {mib(seen.uniform.bytes)} MiB for {seen.uniform.title})."
     )
     if seen.spenders:
         parts.append(_most(seen))
@@ -98,7 +97,7 @@ def versus(title: str, one: Case, other: Case) -> Finding | None:
     if alike(one, other):
         return None
     found = compared(title, one, other)
-    gap, error = ratio(one, other)
+    gap, error = change(one, other)
     verdict = "" if told(gap, error) else ", within two standard errors"
     text = (
         f"{found.text} Perplexity {one.perplexity:.3f} against {other.perplexity:.3f}:"

@@ -6,11 +6,11 @@ A `View` in, tables of text out; sizes are in MiB, as the published study's are.
 from __future__ import annotations
 
 from bitplan.metrics import mean
-from bitplan.reporting.wording import with_error
+from bitplan.reporting.wording import signed, with_error
 from bitplan.results import Table
-from bitplan.studies import Case
+from bitplan.studies import Case, change
 from bitplan.studies.placement.sets import layers_of, meant, really, spelled
-from bitplan.studies.placement.view import View, mib, ratio, signed
+from bitplan.studies.placement.view import View, mib
 
 MEANT, WIDE, NOT = "●", "○", "·"
 
@@ -92,7 +92,7 @@ def _both(seen: View, case: Case) -> list[str]:
         case.title,
         with_error(*in_memory.kl),
         with_error(*case.kl),
-        signed(*ratio(in_memory, seen.measured.reference)),
+        signed(*change(in_memory, seen.measured.reference)),
         signed(*seen.change(case)),
     ]
 

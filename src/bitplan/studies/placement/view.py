@@ -6,13 +6,12 @@ to most lost, the bytes spent over uniform and what each MiB of them wins.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitplan.divergence import Floats
 from bitplan.metrics import mean, told
-from bitplan.studies import Case, Measured, difference
+from bitplan.studies import Case, Measured, change, difference
 from bitplan.studies.placement.sets import INTENDED, PUBLISHED, Strategy, strategies
 
 MIB = 2**20
@@ -99,17 +98,11 @@ class View:
 
     def change(self, case: Case) -> tuple[float, float]:
         """Perplexity over the reference's, less one; paired error."""
-        return ratio(case, self.measured.reference)
+        return change(case, self.measured.reference)
 
 
 def view(measured: Measured, base: str, protected: str) -> View:
     return View(measured, base, protected, tuple(strategies(measured.subject.layers)))
-
-
-def ratio(case: Case, other: Case) -> tuple[float, float]:
-    """Perplexity over another's, less one, with its paired error."""
-    gap, error = difference(case, other, "nll")
-    return math.expm1(gap), math.exp(gap) * error
 
 
 def _lost(case: Case) -> tuple[float, int, bool]:
@@ -128,11 +121,6 @@ def level(one: Case, other: Case) -> bool:
 
 def _stored(case: Case) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(case.variant.types.items()))
-
-
-def signed(value: float, error: float, digits: int = 2) -> str:
-    """`+1.49 ± 0.61 %` of a share."""
-    return f"{100 * value:+.{digits}f} ± {100 * error:.{digits}f} %"
 
 
 def mib(size: float) -> str:
