@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from bitplan import console
+from bitplan import console, hub
 from bitplan import options as o
 from bitplan.errors import UnknownNameError
 
@@ -135,7 +135,7 @@ def places(out: Path | None, models: Sequence[Path], label: str) -> tuple[Path, 
 
     Measurements of one model are shared by its studies; two models never share a folder.
     """
-    stems = [m.stem for m in models]
+    stems = [hub.stem(m) for m in models]
     if len(set(stems)) < len(stems):
         stems = [f"{i}-{s}" for i, s in enumerate(stems, 1)]
     base = out or Path("bitplan-out")

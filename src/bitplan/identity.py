@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from bitplan import units
+from bitplan import hub, units
 from bitplan.artifacts import ModelFacts, UnitFacts
+from bitplan.checkpoint import Checkpoint
+from bitplan.checkpoint_files import CONFIG
 from bitplan.gguf_file import Header
 
 _CHUNK = 1 << 22
@@ -25,7 +27,14 @@ def sha256(paths: tuple[Path, ...], progress: Callable[[int], None] | None = Non
     return digest.hexdigest()
 
 
-def model_facts(header: Header) -> ModelFacts:
+def model_facts(header: Header | Checkpoint) -> ModelFacts:
+    """The facts of a model; its hash covers every byte that decides what it computes.
+
+    Of a checkpoint those are the shards in the order of their names and then config.json, whose
+    settings change the model. Not the tokenizer: artefacts hash the tokens that it gives.
+    """
+    if isinstance(header, Checkpoint):
+        return _of_checkpoint(header)
     return ModelFacts(
         name=str(header.metadata.get("general.name", header.path.stem)),
         architecture=header.architecture,
@@ -34,6 +43,18 @@ def model_facts(header: Header) -> ModelFacts:
         layers=header.number("block_count"),
         weights=header.weights,
         tied=units.tied(header),
+    )
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> ModelFacts:
+    return ModelFacts(
+        name=hub.stem(checkpoint.path),
+        architecture=checkpoint.architecture,
+        sha256=sha256((*checkpoint.shards, checkpoint.path / CONFIG)),
+        bytes=checkpoint.size,
+        layers=checkpoint.layers,
+        weights=checkpoint.weights,
+        tied=checkpoint.tied,
     )
 
 

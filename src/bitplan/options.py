@@ -99,7 +99,7 @@ def grouping(name: str) -> Grouping:
 
 
 def folder(out: Path | None, model: Path) -> Path:
-    return out or Path("bitplan-out") / model.stem
+    return out or Path("bitplan-out") / hub.stem(model)
 
 
 def located(name: str) -> Path:
