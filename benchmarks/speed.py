@@ -25,7 +25,8 @@ import numpy as np
 
 from bitplan import demo, divergence, formats, gguf_file, measure, text, units
 from bitplan.errors import WriteError
-from bitplan.runtimes.llamacpp import LlamaModel, available_cores, engine_version, scored
+from bitplan.machine import available_cores
+from bitplan.runtimes.llamacpp import LlamaModel, engine_version, scored
 from bitplan.writers import gguf as writer
 from bitplan.writers.gguf_child import Job, pattern
 

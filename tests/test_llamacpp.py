@@ -14,7 +14,7 @@ from bitplan import gguf_file
 from bitplan.errors import ModelFileError, RuntimeFailure
 from bitplan.formats import FORMATS
 from bitplan.runtimes import ggml
-from bitplan.runtimes.capture import Captured
+from bitplan.runtimes.statistics import Captured
 from bitplan.runtimes.llamacpp import LlamaModel, scored
 from conftest import CTX, EXPERTS, LAYERS, USED, Cut, quantize
 

@@ -26,7 +26,7 @@ from bitplan.gguf_file import Header
 from bitplan.tensors import Tensor
 
 if TYPE_CHECKING:
-    from bitplan.runtimes.capture import Captured
+    from bitplan.runtimes.statistics import Captured
 
 Array = npt.NDArray[np.float32]
 

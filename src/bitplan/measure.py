@@ -20,8 +20,7 @@ from bitplan.errors import ArtifactError
 from bitplan.formats import Format
 from bitplan.imatrix import Imatrix
 from bitplan.journal import Journal
-from bitplan.runtimes import ggml
-from bitplan.runtimes.llamacpp import LlamaModel, engine_version
+from bitplan.runtimes import Array, Runtime
 from bitplan.scorers import Job, Reading
 from bitplan.text import Windows
 from bitplan.units import Grouping, Unit, candidates
@@ -49,7 +48,7 @@ class Settings:
 
 
 def run(
-    model: LlamaModel,
+    model: Runtime,
     windows: Windows,
     settings: Settings,
     out: Path,
@@ -61,13 +60,13 @@ def run(
 ) -> Sensitivity:
     """Measure a model and write OUT/sensitivity.json; one that is there already is taken as it is.
 
-    facts: `identity.model_facts` of the model, where the caller has them.
+    facts: of the model, where the caller has them.
 
     Raises UnknownNameError for a scorer that does not exist, ArtifactError when OUT holds
     measurements of other work.
     """
     scorer, _ = scorers.get(settings.scorer)
-    facts = facts or identity.model_facts(model.header)
+    facts = facts or model.facts
     origin = _origin(model, facts, windows, settings, imatrix)
     if not fresh and (there := _made_before(out, origin, windows)):
         return there
@@ -90,7 +89,7 @@ def run(
             units=[identity.unit_facts(u) for u in found],
             scores=scores,
             layer_scores=layers,
-            fixed_bytes=gguf_layout.fixed_bytes(model.header, added_keys(imatrix)),
+            fixed_bytes=model.fixed_bytes(added_keys(imatrix)),
             imatrix=origin.parents["imatrix"],
             swap_error=swap_error(model, found, rows, importance),
         )
@@ -140,7 +139,7 @@ def _scores(
 
 
 def _origin(
-    model: LlamaModel,
+    model: Runtime,
     facts: ModelFacts,
     windows: Windows,
     settings: Settings,
@@ -148,7 +147,7 @@ def _origin(
 ) -> Origin:
     """Everything that decides the result: what must agree for old measurements to count."""
     return Origin(
-        engine=engine_version(),
+        engine=model.engine,
         parents={
             "model": facts.sha256,
             "text": windows.facts.sha256,
@@ -239,10 +238,10 @@ def _by_size(scores: Sequence[Score]) -> list[str]:
 
 
 def swap_error(
-    model: LlamaModel,
+    model: Runtime,
     found: Sequence[Unit],
     rows: Rows,
-    importance: Mapping[str, ggml.Array],
+    importance: Mapping[str, Array],
 ) -> dict[str, float]:
     """What re-encoding rounded weights in the reference's own type adds: relative squared error.
 
@@ -254,8 +253,8 @@ def swap_error(
             fmt = unit.types(default_probe(rows[unit.name] or [tensor.fmt]))[tensor.name]
             weights, matrices = model.original(tensor.name, most_rows=64)
             h = importance.get(tensor.name) if matrices == 1 else None
-            meant = ggml.rounded(weights, fmt, h, model.threads)
-            held = ggml.rounded(meant, tensor.fmt, None, model.threads)
+            meant = model.round(weights, fmt, h, matrices)
+            held = model.round(meant, tensor.fmt, None, matrices)
             energy = float(np.square(weights).sum(dtype=np.float64))
             ratios.append(float(np.square(held - meant).sum(dtype=np.float64)) / max(energy, 1e-30))
     return {"mean": float(np.mean(ratios)), "max": float(np.max(ratios))}

@@ -12,6 +12,7 @@ from bitplan.budget import human
 from bitplan.errors import BudgetError, ModelFileError, RuntimeFailure, WriteError
 from bitplan.formats import Format
 from bitplan.gguf_file import Header
+from bitplan.machine import available_memory
 from bitplan.runtimes.llamacpp import LlamaModel
 
 
@@ -88,15 +89,3 @@ def dry_run(model: LlamaModel, wanted: Sequence[Format]) -> None:
             f"{model.path}: {missing[0]} takes no part in a plain run of the model, so its damage"
             " cannot be measured."
         )
-
-
-def available_memory() -> int | None:
-    """Bytes of memory free for use; None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None

@@ -33,6 +33,7 @@ _NEVER = (
     "token_types.weight", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd",
     ".patch_merger", "a.rvq.codebook", "mm.a.code_embd",
 )  # fmt: skip
+_FFN = re.compile(r"ffn|mlp|fc\d|feed_forward|intermediate|output\.dense|moe|experts|lin[12]")
 ALIGNMENT = 32  # llama_model_quantize pads every tensor's data to this
 
 
@@ -44,6 +45,8 @@ class Unit:
     tensors: tuple[Tensor, ...]
     layer: int | None
     role: str
+    alignment: int = ALIGNMENT
+    """What each tensor's data is padded to in the file."""
 
     @property
     def weights(self) -> int:
@@ -57,11 +60,19 @@ class Unit:
     def nbytes(self, fmt: Format) -> int:
         """Bytes in the file, each tensor padded to the file's alignment."""
         types = self.types(fmt)
-        return sum(padded(formats.nbytes(types[t.name], t.shape)) for t in self.tensors)
+        return sum(
+            padded(formats.nbytes(types[t.name], t.shape, _scale_bytes(t.fmt)), self.alignment)
+            for t in self.tensors
+        )
 
 
-def padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def _scale_bytes(source: Format) -> int:
+    """Scales that are stored beside integers keep the type of the weights they scale."""
+    return 4 if source.name == "f32" else 2
+
+
+def padded(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    return -(-nbytes // alignment) * alignment
 
 
 def quantizable(tensor: Tensor) -> bool:
@@ -82,10 +93,11 @@ def layer_and_role(name: str) -> tuple[int | None, str]:
 
 
 def module_of(role: str) -> str:
-    """`attention`, `ffn` or `other`: what a tensor's role belongs to."""
-    if role.startswith("attn"):
+    """`attention`, `ffn` or `other`: what a tensor's role belongs to, in llama.cpp's names
+    (`attn_q`) or transformers' (`self_attn.q_proj`, `attention.output.dense`, `fc1`)."""
+    if "attn" in role or "attention" in role:
         return "attention"
-    return "ffn" if role.startswith("ffn") else "other"
+    return "ffn" if _FFN.search(role) else "other"
 
 
 def find(header: Header, grouping: Grouping = "tensor") -> list[Unit]:

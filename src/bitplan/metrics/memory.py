@@ -68,7 +68,7 @@ def main(path: str, ctx: int, mode: str, threads: int) -> int:
     from llama_cpp import llama_cpp as capi
 
     from bitplan.runtimes import log
-    from bitplan.runtimes.llamacpp import available_cores
+    from bitplan.machine import available_cores
 
     with log.captured():
         capi.llama_backend_init()

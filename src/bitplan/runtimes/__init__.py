@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from bitplan.artifacts import ModelFacts
 from bitplan.formats import Format
+from bitplan.runtimes.statistics import Captured
 from bitplan.units import Grouping, Unit
 
 Array = npt.NDArray[np.float32]
@@ -58,6 +59,10 @@ class Runtime(Protocol):
         """What each scored position ought to predict, [n, positions]; -1 where nobody knows."""
         ...
 
+    def fixed_bytes(self, added: Mapping[str, int | str]) -> int:
+        """Bytes of a written model that no plan changes. added: metadata that a GGUF file gains."""
+        ...
+
     def logits(self, windows: npt.NDArray[np.int32]) -> Iterator[Array]:
         """Per window [n, ctx], next-token logits of the scored positions [positions, vocabulary].
 
@@ -82,7 +87,7 @@ class Runtime(Protocol):
         """Another model, opened with the same settings."""
         ...
 
-    def capture(self, windows: npt.NDArray[np.int32], what: Sequence[str]) -> Any:
+    def capture(self, windows: npt.NDArray[np.int32], what: Sequence[str]) -> Captured:
         """Statistics of activations: `second_moments`, `similarity`."""
         ...
 
@@ -91,4 +96,11 @@ class Runtime(Protocol):
 
         most_rows: an evenly spaced sample of at most so many rows, the same rows of each matrix.
         """
+        ...
+
+    def round(
+        self, weights: Array, fmt: Format, importance: Array | None = None, matrices: int = 1
+    ) -> Array:
+        """Weights [rows, row] after a round trip through a format; matrices: how many (experts)
+        they hold, one after another."""
         ...

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,7 @@ from llama_cpp import llama_cpp as capi
 
 from bitplan.runtimes import ggml
 from bitplan.runtimes.ggml import TensorStruct
-
-Array = npt.NDArray[np.float64]
+from bitplan.runtimes.statistics import Captured
 
 _LAYER_OUTPUT = re.compile(r"^l_out-(\d+)$")
 _WITH_WEIGHTS = ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS")
@@ -55,19 +53,6 @@ class WeightFinder:
 
 def _same_data(one: int, other: int) -> bool:
     return bool(_node(one).data == _node(other).data)
-
-
-@dataclass
-class Captured:
-    """Sums over all tokens seen; divide to get means."""
-
-    squares: dict[str, Array] = field(default_factory=dict)
-    """Weight -> sum of squared inputs, [matrices, row]; one matrix, or one per expert."""
-    counts: dict[str, Array] = field(default_factory=dict)
-    """Weight -> tokens that each matrix saw, [matrices]."""
-    cosines: dict[int, float] = field(default_factory=dict)
-    """Layer -> sum over tokens of cos(input, output)."""
-    cosine_counts: dict[int, int] = field(default_factory=dict)
 
 
 class Collector:
@@ -127,7 +112,7 @@ class Collector:
             slices = inputs.reshape(outer, matrices, middle // matrices, tokens, row)
             squares = np.einsum("omktr,omktr->mr", slices, slices)
             seen = np.full(matrices, inputs.size / row / matrices)
-            self._add(name, squares.astype(np.float64), seen)
+            self._sums.add_squares(name, squares.astype(np.float64), seen)
             return
         experts = int(node.src[0].contents.ne[2])
         ids = _ints(node.src[2].contents)  # [tokens, used experts]
@@ -136,14 +121,7 @@ class Collector:
         for expert in np.unique(ids):
             rows = inputs[ids == expert]
             total[expert], seen[expert] = np.square(rows, dtype=np.float64).sum(0), len(rows)
-        self._add(name, total, seen)
-
-    def _add(self, name: str, squares: Array, counts: Array) -> None:
-        if name in self._sums.squares:
-            self._sums.squares[name] += squares
-            self._sums.counts[name] += counts
-        else:
-            self._sums.squares[name], self._sums.counts[name] = squares, counts
+        self._sums.add_squares(name, total, seen)
 
     def _similar(self, node: TensorStruct) -> None:
         stream = _floats(node).reshape(-1, int(node.ne[0]))
@@ -153,9 +131,7 @@ class Collector:
             return
         norms = np.linalg.norm(before, axis=1) * np.linalg.norm(stream, axis=1)
         cosine = np.einsum("tr,tr->t", before, stream) / np.maximum(norms, 1e-30)
-        layer = int(match[1])
-        self._sums.cosines[layer] = self._sums.cosines.get(layer, 0.0) + float(cosine.sum())
-        self._sums.cosine_counts[layer] = self._sums.cosine_counts.get(layer, 0) + len(cosine)
+        self._sums.add_cosines(int(match[1]), float(cosine.sum()), len(cosine))
 
 
 def _raw(tensor: Any) -> tuple[npt.NDArray[np.uint8], tuple[int, ...]]:

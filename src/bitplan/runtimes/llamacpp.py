@@ -21,12 +21,14 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as capi
 
-from bitplan import formats, gguf_file, identity, units
+from bitplan import formats, gguf_file, gguf_layout, identity, units
 from bitplan.artifacts import ModelFacts
 from bitplan.errors import RuntimeFailure
 from bitplan.formats import Format
+from bitplan.machine import available_cores
 from bitplan.runtimes import capture as capturing
-from bitplan.runtimes import log
+from bitplan.runtimes import ggml, log
+from bitplan.runtimes.statistics import Captured
 from bitplan.runtimes.swap import Assignment, Weights, original
 
 Tokens = npt.NDArray[np.int32]
@@ -145,6 +147,10 @@ class LlamaModel:
     def positions(self) -> int:
         """Scored positions of a window."""
         return self.ctx - 1 - self.ctx // 2
+
+    def fixed_bytes(self, added: gguf_layout.Keys) -> int:
+        """Bytes of a written file that no plan changes; added: the metadata that it gains."""
+        return gguf_layout.fixed_bytes(self.header, added)
 
     def targets(self, windows: Tokens) -> Tokens:
         """The token that each scored position ought to predict, [n, positions]."""
@@ -289,7 +295,13 @@ class LlamaModel:
         entry = next(t for t in self.header.tensors if t.name == tensor)
         return original(entry, most_rows)
 
-    def capture(self, windows: Tokens, what: Sequence[str]) -> capturing.Captured:
+    def round(
+        self, weights: Logits, fmt: Format, importance: Logits | None = None, matrices: int = 1
+    ) -> Logits:
+        """Weights [rows, row] after a round trip through a format, as llama.cpp rounds them."""
+        return ggml.rounded(weights, fmt, importance, self.threads)
+
+    def capture(self, windows: Tokens, what: Sequence[str]) -> Captured:
         """Statistics of activations over all tokens of the windows.
 
         what: any of `second_moments` (per weight, the importance matrix) and `similarity` (cosine
@@ -306,16 +318,6 @@ class LlamaModel:
 
 def _view(pointer: Any, count: int) -> npt.NDArray[Any]:
     return np.ctypeslib.as_array(pointer, (count,))
-
-
-def available_cores() -> int:
-    """Cores this process may use, which in a container is fewer than the machine has."""
-    import os
-
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        return os.cpu_count() or 1
 
 
 def engine_version() -> str:

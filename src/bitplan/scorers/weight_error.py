@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from bitplan import formats
 from bitplan.formats import Format
-from bitplan.runtimes import ggml
 from bitplan.scorers import Job, Reading
 from bitplan.units import Unit
 
@@ -37,8 +36,9 @@ def score(job: Job) -> Iterator[Reading]:
 
 def _of_unit(job: Job, unit: Unit, wanted: list[Format]) -> Iterator[Reading]:
     samples = {}
-    for tensor in unit.tensors:
-        most = max(1, MOST_WEIGHTS // tensor.shape[-1])
+    whole = any(f.scheme and f.scheme.strategy == "tensor" for f in wanted)
+    for tensor in unit.tensors:  # one scale for all rows: a sample of them would get another
+        most = None if whole else max(1, MOST_WEIGHTS // tensor.shape[-1])
         samples[tensor.name] = job.model.original(tensor.name, most_rows=most)
     for fmt in wanted:
         lost = energy = 0.0
@@ -47,17 +47,17 @@ def _of_unit(job: Job, unit: Unit, wanted: list[Format]) -> Iterator[Reading]:
             stored = formats.fitting(fmt, tensor.shape[-1])
             share = np.prod(tensor.shape) / weights.size
             importance = job.importance.get(tensor.name)
-            a, b = error(weights, stored, importance, matrices, job.threads)
+            rounded = job.model.round(weights, stored, importance, matrices)
+            a, b = error(weights, rounded, importance, matrices)
             lost, energy = lost + share * a, energy + share * b
         value = lost / energy if energy else 0.0
         yield Reading(unit.name, fmt.name, 0, 1, value, value * value)
 
 
 def error(
-    weights: Array, fmt: Format, importance: Array | None, matrices: int, threads: int = 1
+    weights: Array, rounded: Array, importance: Array | None, matrices: int
 ) -> tuple[float, float]:
-    """(weighted squared error, weighted energy) of rounding [rows, row] weights into a format."""
-    rounded = ggml.rounded(weights, fmt, importance, threads)
+    """(weighted squared error, weighted energy) of rounding [rows, row] weights."""
     row = weights.shape[1]
     gap = np.square(weights - rounded).reshape(matrices, -1, row).sum(1, dtype=np.float64)
     own = np.square(weights).reshape(matrices, -1, row).sum(1, dtype=np.float64)

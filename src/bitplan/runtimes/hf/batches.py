@@ -1,0 +1,42 @@
+"""Examples of a classifier in batches: of like length, padded to the longest. Arrays in and out.
+
+A row is an example: its label (-1: unknown), its tokens, then -1 to the end.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.int64]
+
+
+def lengths(rows: Rows) -> npt.NDArray[np.intp]:
+    """Tokens of each row."""
+    return np.asarray((rows[:, 1:] >= 0).sum(axis=1))
+
+
+def by_length(rows: Rows, tokens: int) -> list[npt.NDArray[np.intp]]:
+    """Row numbers in groups of like length, each of at most about `tokens` tokens when padded."""
+    size = lengths(rows)
+    order = np.argsort(size, kind="stable")
+    groups: list[list[int]] = [[]]
+    for i in order:
+        if groups[-1] and (len(groups[-1]) + 1) * size[i] > tokens:
+            groups.append([])
+        groups[-1].append(int(i))
+    return [np.array(g) for g in groups if g]
+
+
+def mask(rows: Rows) -> Ids:
+    """[n, longest]: 1 for tokens, 0 for padding."""
+    longest = int(lengths(rows).max())
+    return (rows[:, 1 : 1 + longest] >= 0).astype(np.int64)
+
+
+def padded(rows: Rows, pad: int) -> tuple[Ids, Ids]:
+    """Token ids and mask, [n, longest]."""
+    there = mask(rows)
+    ids = rows[:, 1 : 1 + there.shape[1]].astype(np.int64)
+    return np.where(there > 0, ids, pad), there

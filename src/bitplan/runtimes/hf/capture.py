@@ -1,0 +1,95 @@
+"""Activations of a PyTorch model: squares of every weight's inputs, cosines across every block.
+
+Instead of hooks on known modules, every matrix product is looked at: where its second factor lies
+in a weight's memory, its first one is that weight's input. So experts that are run one by one out
+of one stacked tensor are told apart like everything else.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.overrides import TorchFunctionMode
+
+from bitplan.runtimes.hf.layout import Weight
+from bitplan.runtimes.statistics import Captured
+
+
+class InputSquares(TorchFunctionMode):  # type: ignore[misc]
+    """Within the block, sums of squared inputs of these weights are added up."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, tuple[Weight, torch.Tensor]],
+        sums: Captured,
+        mask: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """mask [batch, tokens]: 0 for padding, which is left out."""
+        super().__init__()
+        self._sums, self._mask = sums, None if mask is None else torch.from_numpy(mask).bool()
+        places = sorted((p.data_ptr(), w, p) for w, p in weights.values())
+        self._starts = [start for start, _, _ in places]
+        self._weights = [(w, p) for _, w, p in places]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.linear:
+            self._see(args[0], args[1])
+        elif func is torch.addmm:  # Conv1D: bias, input, weight
+            self._see(args[1], args[2])
+        elif func in (torch.matmul, torch.Tensor.matmul, torch.mm):
+            self._see(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, inputs: torch.Tensor, factor: torch.Tensor) -> None:
+        found = self._of(factor)
+        if found is None:
+            return
+        weight, matrix = found
+        shape = weight.tensor.shape
+        row, matrices = shape[-1], shape[0] if len(shape) == 3 else 1
+        flat = inputs.detach()
+        if self._mask is not None and flat.shape[:-1] == self._mask.shape:
+            flat = flat[self._mask.to(flat.device)]
+        flat = flat.reshape(-1, row).float()
+        squares, counts = np.zeros((matrices, row)), np.zeros(matrices)
+        squares[matrix] = flat.square().sum(0, dtype=torch.float64).cpu().numpy()
+        counts[matrix] = len(flat)
+        self._sums.add_squares(weight.tensor.name, squares, counts)
+
+    def _of(self, factor: torch.Tensor) -> tuple[Weight, int] | None:
+        """The weight that a factor lies in, and which of its matrices it is."""
+        if not isinstance(factor, torch.Tensor) or factor.dim() != 2:
+            return None
+        at = factor.data_ptr()
+        place = bisect.bisect_right(self._starts, at) - 1
+        if place < 0:
+            return None
+        weight, parameter = self._weights[place]
+        offset = (at - parameter.data_ptr()) // parameter.element_size()
+        if offset >= parameter.numel() or factor.device != parameter.device:
+            return None
+        shape = weight.tensor.shape
+        return weight, offset // (shape[-1] * shape[-2]) if len(shape) == 3 else 0
+
+
+def cosine(
+    sums: Captured,
+    layer: int,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    mask: npt.NDArray[np.int64] | None = None,
+) -> None:
+    """Add the cosines of a block's input and output over all tokens; mask: [batch, tokens]."""
+    a, b = before.detach().float(), after.detach().float()
+    norms = a.norm(dim=-1) * b.norm(dim=-1)
+    each = (a * b).sum(-1) / norms.clamp_min(1e-30)
+    if mask is not None:
+        each = each[torch.from_numpy(mask).bool().to(each.device)]
+    sums.add_cosines(layer, float(each.double().sum()), each.numel())

@@ -1,0 +1,171 @@
+"""Where a PyTorch model keeps its blocks and its weights, found by looking and not by a table.
+
+Reads a module tree (weights may be on the meta device), gives frozen dataclasses. The blocks are
+the one list of modules that is as long as the configuration says; the weights are its linear layers
+(nn.Linear, GPT-2's Conv1D, experts stacked in three dimensions) and the matrices outside. What does
+not follow these rules is named in `EXCEPTIONS`, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitplan import formats
+from bitplan.errors import ModelFileError
+from bitplan.tensors import Tensor
+from bitplan.units import Grouping, Unit, module_of
+
+EXCEPTIONS: dict[str, str] = {
+    "albert": "its layers share one set of weights",
+    "gemma3n_text": "its layers take inputs of their own beside the stream",
+    "t5": "it is an encoder and a decoder in one",
+    "bart": "it is an encoder and a decoder in one",
+}
+"""Model types that the rules above do not fit, and why."""
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Last names of matrices that choose experts: small, and never rounded."""
+
+_FORMATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight tensor: `parameter` as the model names it, [.., out, in] once turned."""
+
+    tensor: Tensor
+    parameter: str
+    transposed: bool
+    """The module keeps it as [.., in, out]."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Blocks and weights of one model."""
+
+    blocks: str
+    """Name of the list of blocks: `model.layers`."""
+    count: int
+    weights: dict[str, Weight]
+    """By the parameter's name, in the model's order: embedding, blocks, output."""
+    embedding: str
+    """The input embedding; with tied weights the output too."""
+    tied: bool
+
+    def layer_of(self, name: str) -> int | None:
+        """`model.layers.3.mlp.up_proj.weight` -> 3; None outside the blocks."""
+        if not name.startswith(f"{self.blocks}."):
+            return None
+        return int(name[len(self.blocks) + 1 :].split(".", 1)[0])
+
+    def place(self, name: str) -> int:
+        """The first block that a weight changes from within: its own; -1 for what comes before the
+        blocks (the embedding), their number for what comes after (the output, a classifier)."""
+        layer = self.layer_of(name)
+        if layer is not None:
+            return layer
+        names = list(self.weights)
+        first = next(i for i, n in enumerate(names) if self.layer_of(n) is not None)
+        return -1 if names.index(name) < first else self.count
+
+    def block(self, layer: int) -> str:
+        return f"{self.blocks}.{layer}"
+
+    def units(self, grouping: Grouping = "tensor") -> list[Unit]:
+        """The weights, grouped into what shares a format."""
+        groups: dict[str, list[Tensor]] = {}
+        for weight in self.weights.values():
+            groups.setdefault(self._group(weight.tensor.name, grouping), []).append(weight.tensor)
+        return [self._unit(name, tensors) for name, tensors in groups.items()]
+
+    def _group(self, name: str, grouping: Grouping) -> str:
+        layer, plain = self.layer_of(name), name.removesuffix(".weight")
+        if layer is None or grouping == "tensor":
+            return plain
+        block = self.block(layer)
+        return block if grouping == "layer" else f"{block}.{module_of(self.role(name))}"
+
+    def role(self, name: str) -> str:
+        """Where it sits in its block (`self_attn.q_proj`), or its whole name outside them."""
+        plain = name.removesuffix(".weight")
+        layer = self.layer_of(name)
+        return plain if layer is None else plain.removeprefix(f"{self.block(layer)}.")
+
+    def _unit(self, name: str, tensors: list[Tensor]) -> Unit:
+        first = tensors[0].name
+        role = self.role(first)
+        if len(tensors) > 1:
+            role = "layer" if name == self.block(self.layer_of(first) or 0) else module_of(role)
+        return Unit(name, tuple(tensors), self.layer_of(first), role, alignment=1)
+
+
+def find(model: nn.Module, config: Any, path: Path) -> Layout:
+    """The layout of a model. Raises ModelFileError for one that the rules do not fit."""
+    kind = str(getattr(config, "model_type", ""))
+    if kind in EXCEPTIONS:
+        raise ModelFileError(
+            f"{path}: models of type {kind!r} are not handled: {EXCEPTIONS[kind]}."
+        )
+    blocks, count = _blocks(model, config, path)
+    embedding = model.get_input_embeddings().weight
+    names = {id(p): n for n, p in model.named_parameters()}  # a tied one by its first name
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    first = names[id(embedding)]
+    found = {first: _weight(first, embedding, path)}
+    for parameter, transposed in _linear(model):
+        name = names[id(parameter)]
+        if name not in found:
+            found[name] = _weight(name, parameter, path, transposed)
+    return Layout(blocks, count, found, first, tied)
+
+
+def _blocks(model: nn.Module, config: Any, path: Path) -> tuple[str, int]:
+    count = int(getattr(config.get_text_config(), "num_hidden_layers", 0))
+    lists = [
+        (sum(p.numel() for p in module.parameters()), name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise ModelFileError(
+            f"{path}: {type(model).__name__} has no list of {count} blocks, so its layers cannot be"
+            " told apart; bitplan does not know this architecture."
+        )
+    return max(lists)[1], count
+
+
+def _linear(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Weights of linear layers, and whether they are kept as [.., in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Linear | Conv1D) and last not in ROUTERS:
+            yield module.weight, isinstance(module, Conv1D)
+        elif "experts" in last:
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() == 3:
+                    yield parameter, bool(getattr(module, "is_transposed", False))
+
+
+def _weight(name: str, parameter: nn.Parameter, path: Path, transposed: bool = False) -> Weight:
+    shape = list(parameter.shape)
+    if transposed:
+        shape[-2:] = shape[:-3:-1]
+    fmt = _FORMATS.get(parameter.dtype)
+    if fmt is None:
+        raise ModelFileError(
+            f"{path}: {name} is {parameter.dtype}; convert the model to float32, float16 or"
+            " bfloat16 first."
+        )
+    stored = formats.get(fmt)
+    nbytes = math.prod(shape) * stored.block_bytes
+    return Weight(Tensor(name, tuple(shape), stored, 0, nbytes, path), name, transposed)

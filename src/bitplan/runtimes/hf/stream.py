@@ -1,0 +1,117 @@
+"""The residual stream through the blocks: watched, started in the middle, or led past a block.
+
+Every block of the model runs through a `Gate`. On the reference's run the gates keep the inputs of
+blocks; a variant that changes nothing before block l then starts at block l with what was kept,
+which gives the same figures (rounding a weight leaves the input of its block alone).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Stream:
+    """What the gates of one model do at the moment."""
+
+    count: int
+    """Number of blocks."""
+    limit: int
+    """Bytes of block inputs that may be kept."""
+    start: int = 0
+    """Blocks before this one are passed by."""
+    entry: torch.Tensor | None = None
+    """What enters block `start`; with start == count, what leaves the last block."""
+    skipped: frozenset[int] = frozenset()
+    """Blocks that are left out: the stream passes them unchanged."""
+    record: dict[int, torch.Tensor] | None = None
+    stride: int = 1
+    """Only inputs of every so-manieth block are kept."""
+    watcher: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
+    """Called with a block's number, its input and its output."""
+    kept: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    """Windows (by content) -> block -> its input on the reference's run."""
+
+    def attach(self, blocks: nn.ModuleList) -> None:
+        """Put a gate before every block."""
+        for layer, block in enumerate(blocks):
+            block.forward = _gated(self, layer, block.forward)
+
+    # --- starting in the middle ------------------------------------------------------------
+
+    def plan_room(self, nbytes: int) -> None:
+        """Choose which blocks' inputs are kept, for windows whose one block input takes nbytes."""
+        self.stride = max(1, math.ceil(nbytes * self.count / max(self.limit, 1)))
+
+    def begin_recording(self) -> None:
+        self.record = {}
+
+    def end_recording(self, windows: str) -> None:
+        """Keep what was recorded; the oldest windows make room."""
+        assert self.record is not None
+        self.kept[windows], self.record = self.record, None
+        while len(self.kept) > 1 and self._kept_bytes() > self.limit:
+            del self.kept[next(iter(self.kept))]
+
+    def enter(self, windows: str, first: int) -> None:
+        """Start as late as what is kept allows, for a variant whose first change is in `first`."""
+        kept = self.kept.get(windows, {})
+        places = [layer for layer in kept if layer <= first]
+        self.start = max(places, default=0)
+        self.entry = kept[self.start] if places else None
+
+    def leave(self) -> None:
+        self.start, self.entry = 0, None
+
+    def _kept_bytes(self) -> int:
+        return sum(h.nbytes for kept in self.kept.values() for h in kept.values())
+
+    # --- what a gate does ------------------------------------------------------------------
+
+    def passes(self, layer: int) -> bool:
+        return layer < self.start or layer in self.skipped
+
+    def note(self, layer: int, hidden: torch.Tensor) -> None:
+        if self.record is not None and layer % self.stride == 0:
+            self.record[layer] = hidden.detach()
+
+
+def _gated(stream: Stream, layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The block's forward behind its gate. The stream is its first argument, and its output."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        inside = "hidden_states" in kwargs
+        hidden = kwargs["hidden_states"] if inside else args[0]
+        if layer == stream.start and stream.entry is not None:
+            hidden = stream.entry
+        stream.note(layer, hidden)
+        if stream.passes(layer):
+            out: Any = hidden
+            if layer == stream.count - 1 and stream.start == stream.count:
+                out = stream.entry
+        else:
+            if inside:
+                kwargs = {**kwargs, "hidden_states": hidden}
+            else:
+                args = (hidden, *args[1:])
+            out = forward(*args, **kwargs)
+        after = out[0] if isinstance(out, tuple) else out
+        if layer == stream.count - 1:
+            stream.note(stream.count, after)
+        if stream.watcher is not None and not stream.passes(layer):
+            stream.watcher(layer, hidden, after)
+        return out
+
+    return run
+
+
+def fingerprint(rows: Any) -> str:
+    """Content hash of windows, to find again what was kept of them."""
+    return hashlib.sha256(rows.tobytes()).hexdigest() + str(rows.shape)

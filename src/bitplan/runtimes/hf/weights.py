@@ -1,0 +1,84 @@
+"""Weights of a loaded PyTorch model, rounded in place and put back to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from bitplan.errors import RuntimeFailure
+from bitplan.formats import Format
+from bitplan.runtimes.hf import rounding
+from bitplan.runtimes.hf.layout import Layout, Weight
+
+Array = npt.NDArray[np.float32]
+Held = tuple[Format | None, Array | None]
+
+
+class Weights:
+    """The weights of one model by name; those that are rounded now, and their originals."""
+
+    def __init__(self, model: nn.Module, layout: Layout, threads: int) -> None:
+        self._parameters = dict(model.named_parameters())
+        self.layout, self._threads = layout, threads
+        self._held: dict[str, Held] = {}
+        self._originals: dict[str, torch.Tensor] = {}
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """A weight as it stands, [.., out, in]: a view of the model's own memory."""
+        weight = self._weight(name)
+        values = self._parameters[weight.parameter].detach()
+        return values.transpose(-1, -2) if weight.transposed else values
+
+    def original(self, name: str) -> torch.Tensor:
+        """The reference's values, [.., out, in], whatever is held now."""
+        return self._originals[name] if name in self._originals else self.parameter(name)
+
+    def places(self) -> dict[str, tuple[Weight, torch.Tensor]]:
+        """Weight -> what it is and the memory it lies in."""
+        return {n: (w, self._parameters[w.parameter]) for n, w in self.layout.weights.items()}
+
+    @property
+    def held(self) -> frozenset[str]:
+        return frozenset(self._held)
+
+    def hold(
+        self, assignment: Mapping[str, Format | None], importance: Mapping[str, Array]
+    ) -> None:
+        """From now on exactly these hold rounded values (None: zeros), all others their own.
+
+        What already is as wanted is left alone, so a similar variant costs only what differs.
+        """
+        wanted = {n: f for n, f in assignment.items() if f is None or f != self._source(n)}
+        for name in [n for n in self._held if n not in wanted]:
+            self.parameter(name).copy_(self._originals.pop(name))
+            del self._held[name]
+        for name, fmt in wanted.items():
+            now = self._held.get(name)
+            if now is not None and now[0] == fmt and now[1] is importance.get(name):
+                continue
+            self._replace(name, fmt, importance.get(name))
+
+    def _replace(self, name: str, fmt: Format | None, importance: Array | None) -> None:
+        target = self.parameter(name)
+        if name not in self._originals:
+            self._originals[name] = target.clone()
+        self._held[name] = (fmt, importance)
+        if fmt is None:
+            target.zero_()
+        else:
+            target.copy_(
+                rounding.rounded(self._originals[name].contiguous(), fmt, importance, self._threads)
+            )
+
+    def _source(self, name: str) -> Format:
+        return self._weight(name).tensor.fmt
+
+    def _weight(self, name: str) -> Weight:
+        try:
+            return self.layout.weights[name]
+        except KeyError:
+            raise RuntimeFailure(f"{name}: is no weight of this model.") from None
