@@ -54,6 +54,7 @@ class UnitFacts(Record):
     name: str
     tensors: list[str]
     shapes: list[list[int]]
+    """Of each tensor, row-major: the last entry is the row length."""
     layer: int | None
     role: str
     source: str
@@ -66,8 +67,10 @@ class Score(Record):
     unit: str
     format: str
     damage: float
+    """In the table's `damage_unit`."""
     stderr: float
     bytes: int
+    """That the unit takes in this format, padded as in the file."""
     measured: bool
 
 
@@ -200,7 +203,9 @@ class Measurement(Record):
     metric: str
     value: float
     stderr: float | None = None
+    """One standard error, in the value's unit; None where there is none."""
     n: int = 0
+    """How many values it is the mean of; 0 for what was counted."""
     unit: str = ""
     higher_is_better: bool = False
 
@@ -289,9 +294,6 @@ def load(path: Path | str, kind: type[A]) -> A:
 
 
 _MAKER = {
-    "sensitivity": "measure",
-    "plan": "plan",
-    "quantized": "quantize",
-    "evaluation": "evaluate",
+    "sensitivity": "measure", "plan": "plan", "quantized": "quantize", "evaluation": "evaluate",
     "study": "study",
-}
+}  # fmt: skip

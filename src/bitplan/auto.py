@@ -68,6 +68,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
+    """What `auto` shipped, and the summary for people."""
+
     evaluation: Evaluation
     file: Path
     summary: str

@@ -16,7 +16,10 @@ _SIZE = re.compile(r"^\s*([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*$")
 
 
 def parse_size(text: str, option: str = "--size") -> int:
-    """ "400MB", "1.5 GiB", "123456" -> bytes. Decimal units are powers of 1000."""
+    """ "400MB", "1.5 GiB", "123456" -> bytes. Decimal units are powers of 1000.
+
+    option: where it came from, for the message. Raises UsageError.
+    """
     match = _SIZE.match(text)
     unit = match[2].lower() if match else None
     if match is None or unit not in _UNITS:
@@ -31,18 +34,22 @@ def parse_size(text: str, option: str = "--size") -> int:
 
 
 def of_size(text: str) -> Budget:
+    """Bytes of the file. Raises UsageError."""
     return Budget(text=text, bytes=parse_size(text))
 
 
 def of_bpw(bpw: float, weights: int) -> Budget:
-    """Bits per weight over all weights of the model, metadata included."""
+    """Bits per weight over all weights of the model, metadata included. Raises UsageError."""
     if not 0 < bpw <= 64:
         raise UsageError(f"--bpw {bpw:g} is not a number of bits per weight; try 4.25.")
     return Budget(text=f"{bpw:g} bits per weight", bytes=int(bpw * weights / 8))
 
 
 def of_memory(text: str, overhead: int, ctx: int) -> Budget:
-    """Memory for weights, KV cache and compute buffers; overhead: bytes of the latter two."""
+    """Memory for weights, KV cache and compute buffers; overhead: bytes of the latter two.
+
+    Raises UsageError where nothing is left for the weights.
+    """
     total = parse_size(text, "--fit")
     if overhead >= total:
         raise UsageError(
@@ -53,7 +60,10 @@ def of_memory(text: str, overhead: int, ctx: int) -> Budget:
 
 
 def of_damage(max_kl: float) -> Budget:
-    """The smallest file whose predicted KL stays within a limit; the plan fills in the bytes."""
+    """The smallest file whose predicted KL stays within a limit; the plan fills in the bytes.
+
+    max_kl: nats per token. Raises UsageError.
+    """
     if not max_kl > 0:
         raise UsageError(f"--max-kl {max_kl:g} must be above zero, such as 0.02.")
     return Budget(text=f"KL <= {max_kl:g}", bytes=0, max_kl=max_kl)

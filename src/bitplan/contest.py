@@ -32,6 +32,8 @@ Rivals = Literal["near", "all"] | list[str]
 
 @dataclass(frozen=True)
 class Result:
+    """What came out: the plan, the figures of all, and the file that is shipped."""
+
     plan: Plan
     evaluation: Evaluation
     quantized: Quantized
@@ -55,10 +57,12 @@ class Ring:
 
     @property
     def matrix(self) -> Path | None:
+        """File of the importance matrix, where there is one."""
         return self.out / "imatrix.gguf" if self.imatrix else None
 
     @property
     def importance(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Tensor -> mean squared input, [matrices, row]; empty without a matrix."""
         return self.imatrix.importance() if self.imatrix else {}
 
 

@@ -91,10 +91,12 @@ class Mean:
     squares: float = 0.0
 
     def add(self, n: int, total: float, squares: float) -> Mean:
+        """With n more values, their sum and the sum of their squares."""
         return Mean(self.n + n, self.total + total, self.squares + squares)
 
     @property
     def value(self) -> float:
+        """The mean so far; 0 before the first value."""
         return self.total / self.n if self.n else 0.0
 
     @property

@@ -47,7 +47,8 @@ def run(
 ) -> Measured:
     """The model with every case's `extra` filled in, one file at a time.
 
-    key: what the figures depend on beside the variant. fresh: measure again what is on disk.
+    key: what the figures depend on beside the variant. fresh: measure again what is on disk. Raises
+    ArtifactError for figures on disk that are damaged, and what the hook raises.
     """
     found: dict[str, dict[str, Measurement]] = {}
     for i, entry in enumerate(entries):

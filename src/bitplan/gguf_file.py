@@ -56,6 +56,7 @@ class Header:
 
     @property
     def architecture(self) -> str:
+        """`llama`, `qwen3moe`; empty where the file does not say."""
         return str(self.metadata.get("general.architecture", ""))
 
     @property
@@ -69,7 +70,10 @@ class Header:
         return sum(math.prod(t.shape) for t in self.tensors)
 
     def number(self, key: str, default: int = 0) -> int:
-        """An integer below the architecture's prefix, `block_count` for instance."""
+        """An integer below the architecture's prefix, `block_count` for instance.
+
+        Raises ModelFileError for what is no integer.
+        """
         value = self.metadata.get(f"{self.architecture}.{key}", default)
         if not isinstance(value, int):
             raise ModelFileError(f"{self.path}: metadata key {key!r} is {value!r}, not a number.")

@@ -20,6 +20,8 @@ from bitplan.writers import gguf
 
 @dataclass(frozen=True)
 class Found:
+    """A model file as it was found."""
+
     header: Header
 
     def document(self) -> dict[str, Any]:
@@ -42,7 +44,7 @@ class Found:
 
 
 def look(path: Path) -> Found:
-    """Raises ModelFileError."""
+    """Read and check a file's header. Raises ModelFileError."""
     return Found(read(path))
 
 

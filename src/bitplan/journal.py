@@ -44,7 +44,7 @@ class Journal:
             raise ArtifactError(f"{path}: cannot be written ({error.strerror}).") from None
 
     def add(self, record: dict[str, Any]) -> None:
-        """One line, on disk when this returns."""
+        """One line, on disk when this returns. Raises ArtifactError."""
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -56,6 +56,7 @@ class Journal:
             ) from None
 
     def finish(self) -> None:
+        """All is measured and saved elsewhere: the journal goes."""
         self._file.close()
         self.path.unlink(missing_ok=True)
 

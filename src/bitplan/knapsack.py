@@ -38,7 +38,7 @@ def least_damage(units: list[Options], budget: int) -> Choice | None:
 
 
 def fewest_bytes(units: list[Options], max_damage: float) -> Choice | None:
-    """The other way round: fewest bytes with total damage <= max_damage."""
+    """The other way round: fewest bytes with total damage <= max_damage; None if it cannot be."""
     return _solve(units, minimise="bytes", limit=max_damage)
 
 

@@ -42,6 +42,7 @@ class Table:
 
     @property
     def options(self) -> list[knapsack.Options]:
+        """Bytes and damage of each unit's options; damage below zero is noise, counted as none."""
         return [
             knapsack.Options(
                 np.array([c.bytes for c in row], np.int64),
@@ -102,7 +103,10 @@ def make(
 
 
 def tabulate(sensitivity: Sensitivity, pins: Mapping[str, str], floors: Mapping[str, str]) -> Table:
-    """Group the cells by unit and leave only the options that pins and floors allow."""
+    """Group the cells by unit and leave only the options that pins and floors allow.
+
+    Raises UsageError for a pattern that matches nothing, or a pin to what was not measured.
+    """
     cells: dict[str, list[Score]] = {u.name: [] for u in sensitivity.units}
     for score in sensitivity.scores:
         cells[score.unit].append(score)
@@ -130,7 +134,10 @@ def tabulate(sensitivity: Sensitivity, pins: Mapping[str, str], floors: Mapping[
 
 
 def matching(units: list[UnitFacts], pattern: str) -> list[UnitFacts]:
-    """Units whose name or role the pattern matches, whole (`blk.1` is not `blk.10`)."""
+    """Units whose name or role the pattern matches, whole (`blk.1` is not `blk.10`).
+
+    Raises UsageError when none does.
+    """
     found = [
         u
         for u in units

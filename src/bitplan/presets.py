@@ -35,6 +35,8 @@ _LINE = re.compile(r"\]\s+(\S+)\s+- \[.*type =\s*(\w+), size =.*?(?:\((\w+)\))?\
 
 @dataclass(frozen=True)
 class Preset:
+    """What one of llama.cpp's mixtures makes of a model."""
+
     name: str
     types: dict[str, str]
     """Tensor -> format, of the tensors that can change."""
@@ -72,7 +74,7 @@ def resolve(
 def fitting(
     header: Header, budget: int, keys: gguf_layout.Keys, matrix: Path | None = None
 ) -> list[Preset]:
-    """Every preset whose file fits the budget, largest first."""
+    """Every preset whose file fits the budget (bytes), largest first. Raises WriteError."""
     names = [n for n in FTYPES if matrix or n not in NEED_IMATRIX]
     known = [resolve(header, name, keys, matrix) for name in names]
     return sorted((p for p in known if p.bytes <= budget), key=lambda p: (-p.bytes, p.name))

@@ -42,11 +42,13 @@ _BY_LAYER = ("nextn_predict_layers", "attention.sliding_window", "leading_dense_
 
 
 def layer_of(tensor: str) -> int | None:
+    """The layer that a tensor belongs to, by its name; None outside the layers."""
     match = _BLOCK.match(tensor)
     return int(match[1]) if match else None
 
 
 def layers_of(header: Header) -> list[int]:
+    """All layers that the file has tensors of, ascending."""
     found = {layer_of(t.name) for t in header.tensors}
     return sorted(i for i in found if i is not None)
 

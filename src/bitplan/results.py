@@ -28,6 +28,8 @@ class Finding(Record):
 
 
 class Table(Record):
+    """A table of the story."""
+
     title: str
     columns: list[str]
     rows: list[list[str]]
@@ -38,6 +40,8 @@ class Table(Record):
 
 
 class Point(Record):
+    """One value; in charts of bars or layers, x is its place or its layer."""
+
     x: float
     y: float
     error: float = 0.0
@@ -50,6 +54,8 @@ class Point(Record):
 
 
 class Series(Record):
+    """Points that belong together: a curve, or a row of cells."""
+
     name: str
     points: list[Point]
     style: Literal["line", "points", "band"] = "line"
@@ -116,6 +122,8 @@ class Mix(Record):
 
 
 class VariantFacts(Record):
+    """What one variant is, what it takes and what was measured of it."""
+
     name: str
     title: str
     series: str
@@ -136,6 +144,7 @@ class VariantFacts(Record):
     """The same of the really quantized file, with --files."""
 
     def value(self, metric: str) -> float | None:
+        """Of one metric, by hot swap; None where it was not measured."""
         return next((m.value for m in self.measurements if m.metric == metric), None)
 
 

@@ -86,7 +86,10 @@ def by_roles(units: Iterable[Unit], pattern: str) -> list[Unit]:
 
 
 def by_module(units: Iterable[Unit], module: str) -> list[Unit]:
-    """Units of the layers that belong to `attention`, `ffn` or `other`."""
+    """Units of the layers that belong to `attention`, `ffn` or `other`.
+
+    Raises UsageError for none.
+    """
     found = [u for u in units if u.layer is not None and module_of(u.role) == module]
     if not found:
         raise UsageError(f"this model has no {module!r} tensors.")
@@ -94,7 +97,7 @@ def by_module(units: Iterable[Unit], module: str) -> list[Unit]:
 
 
 def outside(units: Iterable[Unit], what: str) -> list[Unit]:
-    """Units outside the layers: `embedding`, `output` or `all` of them."""
+    """Units outside the layers: `embedding`, `output` or `all`. Raises UsageError for none."""
     every = [u for u in units if u.layer is None]
     found = [u for u in every if what == "all" or u.role == _OUTSIDE[what]]
     if not found and what == "output" and every:

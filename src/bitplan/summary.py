@@ -202,6 +202,7 @@ def fit(text: str, width: int) -> str:
 
 
 def wrap(text: str) -> list[str]:
+    """Lines of at most 80 columns."""
     import textwrap
 
     return textwrap.wrap(plain(text), WIDTH)

@@ -39,7 +39,9 @@ class Case:
     own: Tokens
     reference: Tokens
     bytes: int
+    """Of the whole file."""
     bpw: float
+    """Those bytes in bits, over all weights."""
     path: Path | None
     """The file, where there is one: for speed and memory."""
     threads: int
@@ -48,6 +50,7 @@ class Case:
 
     @property
     def is_reference(self) -> bool:
+        """Whether it is the reference itself, so that there is nothing to compare."""
         return self.own is self.reference
 
 

@@ -13,6 +13,7 @@ from bitplan.metrics import Case, mean, tokenwise
 
 
 def measure(case: Case) -> list[Measurement]:
+    """Perplexity; but for the reference itself also the ratio."""
     nll, error = tokenwise(case.own.nll)
     n = case.own.nll.size
     ppl = math.exp(nll)

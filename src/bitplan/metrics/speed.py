@@ -14,6 +14,7 @@ PROMPT, GENERATED, RUNS = 512, 32, 3
 
 
 def measure(case: Case) -> list[Measurement]:
+    """Tokens per second. Nothing without a file, or where speed is not asked for."""
     if case.path is None or not case.speed:
         return []
     from bitplan.runtimes.llamacpp import LlamaModel

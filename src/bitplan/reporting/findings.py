@@ -126,7 +126,10 @@ def gather(
 
 
 def check(parts: list[Artifact | None]) -> None:
-    """Whether the artefacts name the same parents; a report of two models would be worthless."""
+    """Whether the artefacts name the same parents; a report of two models would be worthless.
+
+    Raises ArtifactError where they do not.
+    """
     present = [p for p in parts if p is not None]
     known = {p.kind: (p.kind, p.hash()) for p in present}
     for part in present:

@@ -42,6 +42,7 @@ def with_error(value: float, stderr: float | None) -> str:
 
 
 def percent(fraction: float, digits: int = 0) -> str:
+    """`47 %` of a share."""
     return f"{100 * fraction:.{digits}f} %"
 
 

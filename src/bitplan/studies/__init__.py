@@ -55,7 +55,9 @@ class Subject(Protocol):
         ...
 
     @property
-    def layers(self) -> list[int]: ...
+    def layers(self) -> list[int]:
+        """Numbers of the layers, ascending."""
+        ...
 
     @property
     def threads(self) -> int:
@@ -114,8 +116,11 @@ class Case:
 
     variant: Variant
     bytes: int
+    """Of the whole file, exact."""
     tensor_bytes: int
+    """Of the tensors' data alone."""
     bpw: float
+    """Of the whole file: its bits over all weights."""
     tokens: Tokens
     file_tokens: Tokens | None = None
     """Of the really quantized file, with --files; the first choice for all figures then."""
@@ -124,18 +129,22 @@ class Case:
 
     @property
     def own(self) -> Tokens:
+        """The figures to tell: of the written file where there is one."""
         return self.file_tokens or self.tokens
 
     @property
     def title(self) -> str:
+        """What people call it."""
         return self.variant.title or self.variant.name
 
     @property
     def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood."""
         return math.exp(float(self.own.nll.mean()))
 
     @property
     def perplexity_error(self) -> float:
+        """Its standard error, as llama-perplexity gives it; not for comparing: see `change`."""
         return self.perplexity * tokenwise(self.own.nll)[1]
 
     @property
@@ -170,10 +179,13 @@ class Cases:
 
     @property
     def only(self) -> Measured:
+        """The model of a study that has one."""
         return self.models[0]
 
 
 class Study(Protocol):
+    """What a study module has; the module's docstring, above, says what each is."""
+
     MODELS: int
     Options: type[Any]
 
@@ -202,7 +214,7 @@ def get(name: str) -> Study:
 def difference(one: Case, other: Case, metric: str = "nll") -> tuple[float, float]:
     """Mean of (one - other) over the same tokens, and its standard error (`metrics.mean`).
 
-    metric: `nll`, `kl`.
+    metric: `nll`, `kl`; nats per token.
     """
     return mean(getattr(one.own, metric) - getattr(other.own, metric))
 

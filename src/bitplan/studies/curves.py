@@ -131,6 +131,7 @@ def nbytes(subject: Subject, types: Mapping[str, str]) -> int:
 
 
 def case_bits(subject: Subject, case: Case) -> float:
+    """`average_bits` of a case: what its layers' matrices really take."""
     return average_bits(subject, case.variant.types, case.variant.removed)
 
 

@@ -76,10 +76,12 @@ class Crossing:
 
     @property
     def bytes(self) -> float:
+        """Where the gap between the two sizes is zero, if it is linear there."""
         return self._between(self.larger.bytes, self.smaller.bytes)
 
     @property
     def bits(self) -> float:
+        """The same on the axis of bits."""
         return self._between(self.larger.bits, self.smaller.bits)
 
     def _between(self, one: float, other: float) -> float:

@@ -24,6 +24,7 @@ class Options(Record):
 
 
 def variants(subject: Subject, options: Options) -> list[Variant]:
+    """One for each layer: only that layer in the low format, the rest untouched."""
     low = subject.everywhere(options.low)
     return [
         Variant(

@@ -55,6 +55,7 @@ class Found:
 
     @cached_property
     def luck(self) -> Luck | None:
+        """What random orders give; None without any."""
         if not self.random:
             return None
         spread = float(self.drawn.std()) if self.costs.explained >= chance.FITS else 0.0
@@ -79,14 +80,17 @@ class Found:
 
     @property
     def all(self) -> list[Curve]:
+        """Those by scorers, then the random ones."""
         return [*self.scored, *self.random]
 
 
 def share(kept: float) -> str:
+    """`90 %`."""
     return f"{100 * kept:g} %"
 
 
 def crossing(curve: Curve, kept: float) -> Crossing:
+    """Bits down to which a curve keeps this share of its start's inverse perplexity."""
     lost = curve.lost
     limit = -math.log(kept)
     return curves.crossing(curve.bits, [g for g, _ in lost], [e for _, e in lost], limit)
@@ -96,6 +100,7 @@ def crossing(curve: Curve, kept: float) -> Crossing:
 
 
 def summary(found: Found) -> Table:
+    """One row an order: what it keeps, its mean KL, beside random orders."""
     luck = found.luck
     rows = [_row(c, luck, found.kept) for c in found.scored]
     best = min(range(len(rows)), key=lambda i: float(found.scored[i].kl.mean()), default=None)
@@ -184,6 +189,7 @@ def _labels(curve: Curve) -> list[str]:
 
 
 def perplexity(found: Found, measured: Measured) -> Chart:
+    """Perplexity over average bits, with the line of what is to be kept where it is in reach."""
     start = found.all[0].cases[0].perplexity
 
     crossed = any(crossing(c, found.kept).bits is not None for c in found.all)
@@ -212,6 +218,7 @@ def perplexity(found: Found, measured: Measured) -> Chart:
 
 
 def kl(found: Found) -> Chart:
+    """KL over average bits."""
     series = _series(found, lambda curve: [c.kl for c in curve.cases])
     return Chart(
         name="kl",

@@ -22,6 +22,7 @@ MOST_LINEAR = 10.0
 
 
 def line(name: str, bits: Sequence[float], rows: Rows, labels: Sequence[str]) -> Series:
+    """A curve with errors. bits: along the axis. labels: what a point is called."""
     points = [
         Point(x=x, y=y, error=error, label=label)
         for x, (y, error), label in zip(bits, rows, labels, strict=True)

@@ -79,6 +79,7 @@ class Side:
 
     @cached_property
     def curve(self) -> list[Case]:
+        """The model's points, from all layers high to all low."""
         return self.measured.series(SERIES)
 
     @property
@@ -125,6 +126,7 @@ class Contest:
 
 
 def contest(cases: Cases) -> Contest:
+    """Both models, by names that differ."""
     names = [m.subject.facts.name for m in cases.models]
     if names[0] == names[1]:
         names = [

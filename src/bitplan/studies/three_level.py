@@ -62,6 +62,7 @@ class Split:
         return dict(zip(ranked, names + [options.high] * self.high, strict=True))
 
     def told(self, options: Options) -> str:
+        """`4 q8_0 + 12 q4_k + 8 q2_k`."""
         counts = ((self.high, options.high), (self.middle, options.middle), (self.low, options.low))
         return " + ".join(f"{n} {name}" for n, name in counts if n)
 

@@ -107,6 +107,10 @@ def tensor_bytes(header: Header, types: Mapping[str, str]) -> int:
 
 
 def check_source(header: Header, types: Mapping[str, str], allow_requantize: bool) -> None:
+    """Whether the types name the model's tensors and none is quantized twice.
+
+    Raises WriteError for a tensor that is not there, ModelFileError for a quantized one.
+    """
     known = {t.name: t for t in header.tensors}
     for name, fmt in types.items():
         if name not in known:
@@ -122,7 +126,10 @@ def check_source(header: Header, types: Mapping[str, str], allow_requantize: boo
 
 
 def check_importance(types: Mapping[str, str], matrix: Imatrix | None) -> None:
-    """Every format that needs an importance matrix has its entry; llama.cpp would abort."""
+    """Every format that needs an importance matrix has its entry; llama.cpp would abort.
+
+    Raises ImatrixError where it has none.
+    """
     entries = matrix.entries if matrix else {}
     for name, fmt in types.items():
         if formats.get(fmt).needs_imatrix and name not in entries:

@@ -76,7 +76,10 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
 
 
 def measure(subject: Subject, options: Options, case: Case, file: Path) -> list[Measurement]:
-    """Size of the file, memory as predicted, and as found in child processes, mapped and read."""
+    """Size of the file, memory as predicted, and as found in child processes, mapped and read.
+
+    Bytes; errors are those of RUNS processes. Raises RuntimeFailure where one cannot be measured.
+    """
     beside = engine_memory.overhead(subject.header.shards[0], options.context)
     found = [
         _bytes(DISK, [gguf_file.read(file).size]),

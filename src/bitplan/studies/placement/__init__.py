@@ -44,6 +44,7 @@ class Options(Record):
 
 
 def variants(subject: Subject, options: Options) -> list[Variant]:
+    """Ten strategies as meant; with `as_published` also as their patterns hit, if that differs."""
     base, high = subject.base(options.base), subject.everywhere(options.protected)
     found = []
     for step, strategy in enumerate(strategies(subject.layers)):

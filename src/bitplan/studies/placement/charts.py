@@ -15,6 +15,7 @@ from bitplan.studies.placement.view import MIB, View, mib
 
 
 def all_of(seen: View) -> list[Chart]:
+    """KL and perplexity by configuration, size against both, and what else there is to draw."""
     found = [damages(seen), perplexities(seen), sizes(seen, "perplexity"), sizes(seen, "kl")]
     if seen.spenders:
         found.append(rates(seen))
@@ -24,6 +25,7 @@ def all_of(seen: View) -> list[Chart]:
 
 
 def damages(seen: View) -> Chart:
+    """KL of every configuration, least first."""
     ranked = [*seen.others, seen.uniform]
     points = [
         Point(x=i, y=c.kl[0], error=c.kl[1], label=c.title, detail=f"{mib(c.bytes)} MiB")
@@ -42,6 +44,7 @@ def damages(seen: View) -> Chart:
 
 
 def perplexities(seen: View) -> Chart:
+    """Perplexity of every configuration, from the reference's on."""
     ranked = [*seen.others, seen.uniform]
     points = [
         Point(
@@ -121,6 +124,7 @@ def _front(cases: list[Case], lost: Mapping[int, float]) -> list[Case]:
 
 
 def rates(seen: View) -> Chart:
+    """KL won for each MiB spent over uniform."""
     points = []
     for i, case in enumerate(seen.spenders):
         value, error = mean(seen.rate(case))

@@ -69,6 +69,7 @@ def _order(one: Case, other: Case) -> str:
 
 
 def all_of(seen: View) -> list[Finding]:
+    """Every finding that this model's strategies allow."""
     every: Iterator[Finding | None] = itertools.chain(
         _published(seen),
         [

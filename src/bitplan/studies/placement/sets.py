@@ -31,6 +31,8 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Strategy:
+    """Which layers, or which module of every layer, are protected."""
+
     key: str
     """The published name without formats."""
     short: str
@@ -52,6 +54,7 @@ class Strategy:
         return f"{self.key}_{protected.lower().removesuffix('_0')}"
 
     def title(self, base: str) -> str:
+        """`First 4 (0–3)`; of no protection at all, `Uniform q4_0`."""
         if not self.layers:
             return self.short if self.module else f"Uniform {base.lower()}"
         return f"{self.short} ({spelled(self.layers)})"

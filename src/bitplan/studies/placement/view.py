@@ -19,6 +19,8 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class View:
+    """All measurements of one model, by strategy."""
+
     measured: Measured
     base: str
     protected: str
@@ -26,6 +28,7 @@ class View:
 
     @property
     def uniform(self) -> Case:
+        """The base everywhere: what every strategy spends more than."""
         return self.case("uniform")
 
     @property
@@ -59,6 +62,7 @@ class View:
 
     @property
     def best(self) -> Case:
+        """The least KL, uniform included."""
         return min([*self.others, self.uniform], key=_lost)
 
     @property
@@ -111,6 +115,7 @@ def _lost(case: Case) -> tuple[float, int, bool]:
 
 
 def alike(one: Case, other: Case) -> bool:
+    """Whether both store every tensor in the same format."""
     return _stored(one) == _stored(other)
 
 
@@ -124,4 +129,5 @@ def _stored(case: Case) -> tuple[tuple[str, str], ...]:
 
 
 def mib(size: float) -> str:
+    """`12.34`: bytes in MiB."""
     return f"{size / MIB:,.2f}"

@@ -43,6 +43,7 @@ class Duel:
 
     @cached_property
     def curve(self) -> list[Case]:
+        """Quantizing: what removal is compared with."""
         return self.measured.series(self.quantizing)
 
     @cached_property
@@ -58,6 +59,7 @@ class Duel:
         ]
 
     def gaps(self, metric: str = "kl") -> list[Gap]:
+        """Removing less quantizing at the bytes of each pair; nats per token."""
         return [
             Gap(
                 case.bytes, curves.case_bits(self.measured.subject, case), *mean(values),
