@@ -1,16 +1,26 @@
-"""Names of models: paths, folders, the built-in one, hub ids."""
+"""Names of models: paths, folders, the built-in one, hub ids.
+
+Fetching is tested with the hub's real client, against a small server that answers as the hub does.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bitplan import demo, hub
-from bitplan.errors import ModelFileError
+from bitplan import checkpoint, demo, hub
+from bitplan.errors import ModelFileError, UsageError
+from checkpoints import arrays, described, packed, save
 
 
 def test_paths_stay_what_they_are(tmp_path: Path) -> None:
@@ -34,16 +44,82 @@ def test_choice_among_files() -> None:
         hub.choose(["x.gguf", "y.gguf"], "", "here")
 
 
-def offline(name: str, cache: Path) -> subprocess.CompletedProcess[str]:
+def test_a_folder_without_gguf_is_a_checkpoint(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", arrays())
+    assert hub.locate(str(folder)) == folder
+    assert hub.locate(str(folder / "model.safetensors")) == folder
+    (folder / "m-f16.gguf").touch()
+    assert hub.locate(str(folder)) == folder / "m-f16.gguf"
+    assert hub.locate(str(folder / "model.safetensors")) == folder
+
+
+def test_a_folder_of_pickles_is_left_for_the_reader_to_refuse(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ModelFileError, match="pickled"):
+        checkpoint.read(hub.locate(str(tmp_path)))
+
+
+def test_a_folder_of_neither(tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    with pytest.raises(ModelFileError, match="holds no .gguf file"):
+        hub.locate(str(tmp_path))
+
+
+def test_a_revision_needs_the_hub(tmp_path: Path) -> None:
+    for name in ("builtin", str(tmp_path), str(tmp_path / "none.gguf")):
+        with pytest.raises(UsageError, match="only a model on the hub has revisions"):
+            hub.locate(name, "main")
+    with pytest.raises(UsageError, match="names another revision than 'v2'"):
+        hub.locate("some/model@v1", "v2")
+
+
+def test_the_files_that_make_a_checkpoint() -> None:
+    beside = ["config.json", "tokenizer.model", "merges.txt", "model.safetensors.index.json"]
+    never = ["modeling_x.py", "pytorch_model.bin", "onnx/config.json", "README.md", "flax.msgpack"]
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    twice = [*beside, *never, *shards, "consolidated.safetensors"]
+    assert set(hub.of_checkpoint(twice, "here")) == {*shards, *beside}
+    single = [*twice, "model.safetensors"]
+    assert set(hub.of_checkpoint(single, "here")) == {"model.safetensors", *beside}
+    own = ["config.json", "own.safetensors"]
+    assert set(hub.of_checkpoint(own, "here")) == set(own)
+    with pytest.raises(ModelFileError, match=r"here: holds only pickled weights .pytorch_model"):
+        hub.of_checkpoint([*beside, *never], "here")
+    with pytest.raises(ModelFileError, match="holds neither"):
+        hub.of_checkpoint(["sub/model.safetensors", "config.json"], "here")
+
+
+def test_names_for_folders_and_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tmp_path / "Qwen2.5-0.5B"
+    snapshot = tmp_path / "models--some--my--model-1.5" / "snapshots" / ("a" * 40)
+    for folder in (plain, snapshot / "sub"):
+        folder.mkdir(parents=True)
+    assert hub.stem(tmp_path / "m-1.5-f16.gguf") == "m-1.5-f16"
+    assert hub.stem(plain) == "Qwen2.5-0.5B"
+    assert hub.stem(snapshot) == "my--model-1.5"
+    assert hub.stem(snapshot / "sub") == "sub"
+    assert hub.stem(snapshot / "m-f16.gguf") == "m-f16"
+    assert hub.revision_of(snapshot) == hub.revision_of(snapshot / "m-f16.gguf") == "a" * 40
+    assert hub.revision_of(plain) == hub.revision_of(demo.MODEL) == ""
+    monkeypatch.chdir(plain)
+    assert hub.stem(Path(".")) == "Qwen2.5-0.5B"
+
+
+def located(name: str, cache: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """`hub.locate` in a process of its own, which the hub's settings are read in."""
     code = f"from bitplan import hub; print(hub.locate({name!r}))"
+    own = {"HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)},
+        env={**os.environ, **own, **settings},
     )
+
+
+def offline(name: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    return located(name, cache, HF_HUB_OFFLINE="1")
 
 
 def test_a_cached_repository_serves_without_a_connection(tmp_path: Path) -> None:
@@ -61,3 +137,114 @@ def test_a_cached_repository_serves_without_a_connection(tmp_path: Path) -> None
 
 def test_an_unknown_repository_is_told(tmp_path: Path) -> None:
     assert "is no file here, and fetching it" in offline("no/such", tmp_path).stderr
+
+
+COMMIT, OLD = "c" * 40, "0" * 40
+TOKENIZER = {"config.json": b"{}", "tokenizer.json": b"[]", "tokenizer.model": b"t"}
+CODE = {"modeling_x.py": b"boom", "pytorch_model.bin": b"pickle", "onnx/config.json": b"{}"}
+WEIGHTS = packed(*described(arrays()))
+REPOSITORIES = {
+    "some/model": {**TOKENIZER, **CODE, "model.safetensors": WEIGHTS},
+    "some/pickled": {**TOKENIZER, **CODE},
+    "some/both": {"model.safetensors": WEIGHTS, "m-f16.gguf": b"GGUF", "m-Q4_0.gguf": b"GGUF"},
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub's protocol that listing and fetching files take."""
+
+    fetched: list[str]
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, body: bool) -> None:
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        api = parts[0] == "api"
+        repo = "/".join(parts[2:4] if api else parts[:2])
+        files = REPOSITORIES.get(repo)
+        commit = OLD if "v1" in parts or OLD in parts else COMMIT
+        if files is None:
+            return self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
+        if not api:
+            name = "/".join(parts[4:])
+            if body:
+                self.fetched.append(name)
+            data = files[name]
+            tag = f'"{hashlib.sha256(data).hexdigest()}"'
+            return self.send(200, data, {"ETag": tag, "X-Repo-Commit": commit}, body)
+        told: Any = {"id": repo, "sha": commit, "siblings": [{"rfilename": f} for f in files]}
+        if "tree" in parts:
+            told = [
+                {"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                for f, d in files.items()
+            ]
+        return self.send(200, json.dumps(told).encode(), {}, body)
+
+    def send(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """The address of a hub with the repositories above; `Hub.fetched` has what was asked for."""
+    Hub.fetched = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def test_a_checkpoint_is_fetched_without_pickles_and_code(server: str, tmp_path: Path) -> None:
+    found = located("some/model", tmp_path, HF_ENDPOINT=server)
+    folder = Path(found.stdout.strip())
+    wanted = {"config.json", "tokenizer.json", "tokenizer.model", "model.safetensors"}
+    assert folder.name == COMMIT, found.stderr
+    assert {p.name for p in folder.iterdir()} == wanted == set(Hub.fetched)
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert (hub.revision_of(folder), hub.stem(folder)) == (COMMIT, "model")
+    assert Path(offline("some/model", tmp_path).stdout.strip()) == folder
+
+
+def test_a_revision_is_fetched_as_it_is_named(server: str, tmp_path: Path) -> None:
+    found = located("some/model@v1", tmp_path, HF_ENDPOINT=server)
+    folder = Path(found.stdout.strip())
+    assert hub.revision_of(folder) == OLD, found.stderr
+    assert Path(offline("some/model@v1", tmp_path).stdout.strip()) == folder
+    assert "fetching it from the hub failed" in offline("some/model", tmp_path).stderr
+
+
+def test_a_repository_with_gguf_gives_that(server: str, tmp_path: Path) -> None:
+    found = located("some/both@v1:q4_0", tmp_path, HF_ENDPOINT=server)
+    path = Path(found.stdout.strip())
+    assert (path.name, hub.revision_of(path)) == ("m-Q4_0.gguf", OLD), found.stderr
+    assert Hub.fetched == ["m-Q4_0.gguf"]
+    assert Path(offline("some/both@v1", tmp_path).stdout.strip()) == path
+
+
+def test_what_the_hub_has_not(server: str, tmp_path: Path) -> None:
+    pickled = located("some/pickled", tmp_path, HF_ENDPOINT=server)
+    assert "hub repository some/pickled: holds only pickled weights" in pickled.stderr
+    unknown = located("some/other", tmp_path, HF_ENDPOINT=server)
+    assert "some/other: is no file here" in unknown.stderr
+    assert Hub.fetched == []
+
+
+@pytest.mark.slow  # the client tries again for half a minute
+def test_the_cache_serves_when_the_hub_does_not_answer(server: str, tmp_path: Path) -> None:
+    folder = located("some/model", tmp_path, HF_ENDPOINT=server).stdout.strip()
+    again = located("some/model", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert again.stdout.strip() == folder != "", again.stderr
