@@ -1,7 +1,8 @@
-"""Facts about each GGUF storage format: exact bytes, row divisibility, fallback, imatrix need.
+"""Facts about each storage format: exact bytes, row divisibility, fallback, imatrix need.
 
-One table, checked in the tests against the C library. Sizes are those of ggml: a row of n weights
-takes n / block * block_bytes bytes, and n must divide by block.
+GGUF's are one table, checked in the tests against the C library. Sizes are those of ggml: a row of
+n weights takes n / block * block_bytes bytes, and n must divide by block. The formats of the
+Hugging Face world are read from their names and computed (`schemes`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bitplan import schemes
 from bitplan.errors import UnknownNameError
+from bitplan.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -18,31 +21,41 @@ class Format:
     """How the weights of a unit are stored."""
 
     name: str
-    """Lower-case ggml name, as llama-quantize takes it."""
+    """Lower-case ggml name, as llama-quantize takes it; or a scheme's (`int4-g128`)."""
     type_id: int
-    """`enum ggml_type`."""
+    """`enum ggml_type`; -1 for every scheme."""
     block: int
-    """Weights per block; a row must be a multiple of it."""
+    """Weights per block, or of a scheme's group, else 1; a row must be a multiple of it."""
     block_bytes: int
+    """0 for a scheme: its bytes depend on the shape, see `nbytes`."""
     needs_imatrix: bool = False
     """llama.cpp refuses to write it without an importance matrix."""
     fallback: str = ""
     """What llama.cpp stores instead when a row does not divide by `block`."""
     ftype: int = 0
     """`enum llama_ftype` of a file that is mostly of this format."""
+    scheme: Scheme | None = None
+    """Storage of the Hugging Face world; None for GGUF's."""
 
     @property
     def bits(self) -> float:
-        """Bits per weight, scales and minima included."""
-        return 8 * self.block_bytes / self.block
+        """Bits per weight, scales and minima included.
+
+        Of a scheme they are nominal: with 16-bit scales, and without what a whole row or matrix
+        shares.
+        """
+        return self.scheme.nominal_bits if self.scheme else 8 * self.block_bytes / self.block
 
     @property
     def is_float(self) -> bool:
-        return self.block == 1
+        """Whether weights are stored as they are, in a plain floating-point type."""
+        return self.scheme is None and self.block == 1
 
     @property
     def family(self) -> str:
         """Formats of one family round alike: their errors lie on one line (see docs)."""
+        if self.scheme:
+            return self.scheme.family
         return "iq" if self.name.startswith("iq") else "tq" if self.name[:2] == "tq" else "q"
 
 
@@ -81,35 +94,64 @@ DEFAULT = (
     "q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "iq3_s", "q3_k", "iq3_xxs", "q2_k", "iq2_s",
     "iq2_xxs",
 )  # fmt: skip
-"""Candidates of a plan unless told otherwise: the best at their size, from 2 to 8.5 bits."""
+"""Candidates of a plan for GGUF unless told otherwise: the best at their size, 2 to 8.5 bits."""
+
+DEFAULT_HF = ("int8-g128", "int4-g32", "int4-g64", "int4-g128", "int2-g32", "int2-g64", "int2-g128")
+"""Candidates for the Hugging Face world: symmetric, and of bits that engines have kernels for."""
 
 
 def get(name: str) -> Format:
     """The format of that name (any case; `q4_K` too). Raises UnknownNameError."""
-    try:
-        return FORMATS[name.strip().lower()]
-    except KeyError:
-        raise UnknownNameError("format", name, FORMATS) from None
+    lower = name.strip().lower()
+    if lower in FORMATS:
+        return FORMATS[lower]
+    scheme = schemes.parse(lower)
+    if scheme is None:
+        raise UnknownNameError("format", name, (*FORMATS, *schemes.SUGGESTED))
+    return _stored(scheme)
 
 
-def parse(text: str) -> list[Format]:
-    """A comma-separated list of names, or `default`, or `all`; best first, without doubles."""
+def _stored(scheme: Scheme) -> Format:
+    block = scheme.group if scheme.kind == "int" and scheme.group else 1
+    return Format(scheme.name, -1, block, 0, scheme=scheme)
+
+
+def parse(text: str, default: Sequence[str] = DEFAULT) -> list[Format]:
+    """A comma-separated list of names, or `default`, or `all`; best first, without doubles.
+
+    default: the names that the word `default` stands for. `all` is GGUF's whole table: the schemes
+    of the Hugging Face world have no end, so they are named.
+    """
     if text == "all":
         return [f for f in _TABLE if not f.is_float]
     given = [n.strip() for n in text.split(",") if n.strip()]
-    names = [n for g in given for n in (DEFAULT if g == "default" else (g,))]
+    names = [n for g in given for n in (default if g == "default" else (g,))]
     return sorted({get(n) for n in names}, key=lambda f: (-f.bits, f.name))
 
 
 def fitting(fmt: Format, row: int) -> Format:
-    """The format that llama.cpp really stores for rows of `row` weights: `fmt` or its fallback."""
+    """The format really stored for rows of `row` weights: `fmt` or its fallback.
+
+    For GGUF it is llama.cpp's; for integers in groups the largest smaller group of 128, 64 and 32
+    that divides the row, else one scale for each row. quanto's types have their own rule built in.
+    """
+    if fmt.scheme:
+        scheme = schemes.fitting(fmt.scheme, row)
+        return fmt if scheme == fmt.scheme else _stored(scheme)
     while row % fmt.block:
         fmt = FORMATS[fmt.fallback or "f16"]
     return fmt
 
 
-def nbytes(fmt: Format, shape: Sequence[int]) -> int:
-    """Exact bytes of a tensor's data; `shape` is row-major, its last entry the row length."""
+def nbytes(fmt: Format, shape: Sequence[int], scale_bytes: int = 2) -> int:
+    """Exact bytes of a tensor's data; `shape` is row-major, its last entry the row length.
+
+    scale_bytes: of one number of the model's dtype, in which schemes keep their scales. Everything
+    that is stored beside the weights counts, `weight_shape` included. Raises ValueError for rows
+    that do not divide.
+    """
+    if fmt.scheme:
+        return schemes.nbytes(fmt.scheme, shape, scale_bytes)
     if shape[-1] % fmt.block:
         raise ValueError(f"rows of {shape[-1]} do not divide by {fmt.name}'s block {fmt.block}")
     return math.prod(shape) // fmt.block * fmt.block_bytes

@@ -1,0 +1,178 @@
+"""Storage of the Hugging Face world: what a name means, and exact bytes. Names in, numbers out.
+
+Integers and 8-bit floats as compressed-tensors 0.20 stores them (`pack-quantized`,
+`float-quantized`), and optimum-quanto's types as version 0.2.7 stores an `nn.Linear`. Pure Python;
+the arithmetic is in `runtimes/hf/rounding.py`. The tests check every size against the libraries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+_INT = re.compile(r"int([2-8])(?:-(?:g([1-9]\d*)|(channel|tensor)))?(-asym)?")
+_FALLBACKS = (128, 64, 32)
+_SCALE_BITS = 16
+
+SUGGESTED = (
+    *(f"int{b}-{s}" for b in range(2, 9) for s in ("g32", "g64", "g128", "channel", "tensor")),
+    *(f"int{b}-g128-asym" for b in range(2, 9)),
+    "fp8-channel", "fp8-tensor", "qint2", "qint4", "qint8", "qfloat8",
+)  # fmt: skip
+"""Names to point to when one is misspelt; any other group that is a multiple of 8 exists too."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How numbers of few bits and their scales are laid out."""
+
+    kind: Literal["int", "float", "quanto"]
+    """Whose arithmetic and layout: pack-quantized, float-quantized, or optimum-quanto."""
+    bits: int
+    strategy: Literal["group", "channel", "tensor"]
+    """What shares a scale: a group of weights in a row, a row, or the matrix."""
+    group: int = 0
+    """Weights of a group, along the row; 0 without groups. quanto chooses its own: `grouped`."""
+    symmetric: bool = True
+    """No zero point (in quanto: no shift)."""
+    e4m3: bool = False
+    """The numbers are 8-bit floats, not integers."""
+
+    @property
+    def name(self) -> str:
+        """The one spelling that artefacts use."""
+        if self.kind == "quanto":
+            return "qfloat8" if self.e4m3 else f"qint{self.bits}"
+        where = f"g{self.group}" if self.strategy == "group" else self.strategy
+        head = "fp8" if self.kind == "float" else f"int{self.bits}"
+        return f"{head}-{where}" + ("" if self.symmetric else "-asym")
+
+    @property
+    def family(self) -> str:
+        """What lies on one line of damage against rounding error.
+
+        Groups and rows do, symmetric or not; a scale for a whole matrix can lie elsewhere, and so
+        can floats.
+        """
+        if self.kind == "quanto" and not self.e4m3:
+            return "quanto"
+        if self.e4m3:
+            return "fp8"
+        return "int-tensor" if self.strategy == "tensor" else "int"
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits per weight with 16-bit scales and zero points for groups; else the plain bits.
+
+        What rows and matrices share weighs nothing here: it depends on the shape (`nbytes`).
+        """
+        if self.strategy != "group":
+            return self.bits
+        if self.kind == "quanto":  # a shift beside each scale
+            return self.bits + 2 * _SCALE_BITS / self.group
+        return self.bits + (_SCALE_BITS + (0 if self.symmetric else self.bits)) / self.group
+
+
+def parse(name: str) -> Scheme | None:
+    """The scheme of a lower-case name, or None when it is none.
+
+    `int4-g128`, `int4-channel`, `int4-tensor`, each with `-asym`; 2 to 8 bits, groups of any
+    multiple of 8; `int4` is `int4-g128`. `fp8-channel`, which is `fp8`, and `fp8-tensor`.
+    `qint2`, `qint4`, `qint8` and `qfloat8`.
+    """
+    if name in ("fp8", "fp8-channel", "fp8-tensor"):
+        return Scheme("float", 8, "tensor" if name == "fp8-tensor" else "channel", e4m3=True)
+    if name in ("qint8", "qfloat8"):
+        return Scheme("quanto", 8, "channel", e4m3=name == "qfloat8")
+    if name in ("qint2", "qint4"):
+        return Scheme("quanto", int(name[-1]), "group", 128, symmetric=False)
+    match = _INT.fullmatch(name)
+    if match is None or int(match[2] or 8) % 8:
+        return None
+    bits, symmetric = int(match[1]), match[4] is None
+    if match[3] in ("channel", "tensor"):
+        strategy: Literal["channel", "tensor"] = "tensor" if match[3] == "tensor" else "channel"
+        return Scheme("int", bits, strategy, symmetric=symmetric)
+    return Scheme("int", bits, "group", int(match[2] or 128), symmetric)
+
+
+def grouped(scheme: Scheme, row: int) -> int:
+    """Weights that share a scale within a row of `row` weights; 0: the whole row, or matrix.
+
+    quanto splits rows of more than 128 weights into groups of 128, 96, 64 or 32, the first that
+    divides, and leaves others whole (`QModuleMixin.__init__`). Raises ValueError for an integer
+    scheme whose group does not divide the row; see `fitting`.
+    """
+    if scheme.strategy != "group":
+        return 0
+    if scheme.kind == "quanto":
+        return next((g for g in (128, 96, 64, 32) if row > 128 and row % g == 0), 0)
+    if row % scheme.group:
+        raise ValueError(f"rows of {row} do not divide by {scheme.name}'s group {scheme.group}")
+    return scheme.group
+
+
+def fitting(scheme: Scheme, row: int) -> Scheme:
+    """The scheme for rows of `row` weights: as asked where its group divides them.
+
+    Else the largest smaller group of 128, 64 and 32 that does, else one scale for each row.
+    quanto's types stay what they are: their rule is part of them.
+    """
+    if scheme.kind == "quanto" or scheme.strategy != "group" or row % scheme.group == 0:
+        return scheme
+    for group in _FALLBACKS:
+        if group < scheme.group and row % group == 0:
+            return dataclasses.replace(scheme, group=group)
+    return dataclasses.replace(scheme, strategy="channel", group=0)
+
+
+def nbytes(scheme: Scheme, shape: Sequence[int], scale_bytes: int) -> int:
+    """Exact bytes of the tensors that stand for a weight of [rows, row] or [experts, rows, row].
+
+    scale_bytes: of one number of the model's dtype, which is that of the scales (2 for float16
+    and bfloat16, 4 for float32). Experts are stored one by one, as matrices of their own.
+    """
+    rows, row = (1, *shape)[-2:]
+    stored = _quanto_bytes if scheme.kind == "quanto" else _compressed_bytes
+    return math.prod(shape[:-2]) * stored(scheme, rows, row, scale_bytes)
+
+
+def _compressed_bytes(scheme: Scheme, rows: int, row: int, scale_bytes: int) -> int:
+    """Packed integers and `weight_shape`, or one byte a weight; scales; zero points.
+
+    Rows are packed into 32-bit words without gaps; so are the zero points, down each column.
+    Only for one zero point in all, a byte is stored as it is.
+    """
+    groups = row // (grouped(scheme, row) or row)
+    scales = 1 if scheme.strategy == "tensor" else rows * groups
+    if scheme.kind == "float":
+        return rows * row + scales * scale_bytes
+    zeros = 1 if scheme.strategy == "tensor" else groups * _packed(rows, scheme.bits)
+    shape = 16  # two int64
+    packed = rows * _packed(row, scheme.bits)
+    return packed + scales * scale_bytes + (0 if scheme.symmetric else zeros) + shape
+
+
+def _packed(count: int, bits: int) -> int:
+    """Bytes of so many numbers in 32-bit words."""
+    return 4 * math.ceil(count * bits / 32)
+
+
+def _quanto_bytes(scheme: Scheme, rows: int, row: int, scale_bytes: int) -> int:
+    """Bytes of `_data`, `_scale` and `_shift`, and of the layer's `input_scale`, `output_scale`.
+
+    Several numbers share a byte across groups: the first of all groups is packed with the first of
+    the groups half (a quarter) of the matrix further down. A single row without groups has a scale
+    and a shift for every weight; quanto takes the other axis there.
+    """
+    layer = 2 * scale_bytes
+    if scheme.bits == 8:
+        return rows * row + rows * scale_bytes + layer
+    size = grouped(scheme, row) or row
+    lines = rows * row // size
+    scales = row if lines == 1 else lines
+    return math.ceil(lines * scheme.bits / 8) * size + 2 * scales * scale_bytes + layer
