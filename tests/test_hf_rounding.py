@@ -126,6 +126,16 @@ def test_experts_are_rounded_one_by_one() -> None:
         assert same(rounded(weights, fmt, importance), torch.stack(one_by_one)), name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("dtype", lib.DTYPES, ids=str)
+def test_a_gpu_computes_the_same(dtype: torch.dtype) -> None:
+    weights = MATRICES["hard"].to(dtype)
+    for name in (*lib.NAMES, "qint2", "qint4", "qint8", "q4_0"):
+        found = rounded(weights.cuda(), formats.get(name))
+        assert found.is_cuda
+        assert same(found.cpu(), rounded(weights, formats.get(name))), name
+
+
 @pytest.mark.parametrize("name", ["f32", "f16", "bf16"])
 def test_plain_types_are_casts(name: str) -> None:
     weights = noise(4, 64)
