@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from bitplan import formats
+from bitplan.errors import UsageError
 from bitplan.formats import FORMATS, Format
 from bitplan.runtimes import ggml
 from bitplan.runtimes.ggml import TensorStruct
@@ -138,6 +140,11 @@ def test_a_tensor_is_only_overwritten_with_its_own_size(tiny: LlamaModel) -> Non
     address = ctypes.addressof(live(tiny, "blk.0.attn_k.weight"))
     with pytest.raises(ValueError, match="16 bytes for a tensor of 65536"):
         ggml.write(address, np.zeros(16, np.uint8))
+
+
+def test_a_format_of_the_other_world_is_refused() -> None:
+    with pytest.raises(UsageError, match="int4-g32 is no type of GGUF"):
+        ggml.quantize(np.zeros((1, 64), np.float32), formats.get("int4-g32"), None, 1)
 
 
 def live(model: LlamaModel, name: str) -> TensorStruct:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from llama_cpp._ggml import libggml
 
 from bitplan import formats
+from bitplan.errors import UsageError
 from bitplan.formats import Format
 
 Array = npt.NDArray[np.float32]
@@ -113,7 +114,10 @@ def quantize(
 
     weights: [rows, row], all experts of a 3-D tensor one after another. importance: [row], or
     [experts, row]; None rounds every column alike. Returns the raw bytes [rows, bytes per row].
+    Raises UsageError for a format that is none of ggml's, on which the library would crash.
     """
+    if fmt.scheme:
+        raise UsageError(f"{fmt.name} is no type of GGUF; choose one like q4_k, or runtime hf.")
     rows, row = weights.shape
     weights = np.ascontiguousarray(weights, np.float32)
     out = np.empty((rows, formats.nbytes(fmt, (row,))), np.uint8)
