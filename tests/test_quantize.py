@@ -186,8 +186,14 @@ def test_presets_are_what_llama_cpp_writes(tiny_gguf: Path, matrix: Path, tmp_pa
 
 def test_presets_that_fit_come_largest_first(tiny_gguf: Path) -> None:
     header, keys = gguf_file.read(tiny_gguf), measure.added_keys(None)
-    found = presets.fitting(header, 10**9, keys)
+    limit = presets.resolve(header, "Q4_K_M", keys)
+    found = presets.fitting(header, limit.bytes, keys)
+    assert limit in found
+    assert found[0].bytes == limit.bytes
     assert all(a.bytes >= b.bytes for a, b in itertools.pairwise(found))
-    assert not {p.name for p in found} & presets.NEED_IMATRIX
+    names = {p.name for p in found}
+    assert not names & {"Q8_0", "Q6_K", "Q5_K_M"}
+    assert {"Q4_0", "IQ4_XS", "Q3_K_S", "Q2_K"} <= names
+    assert not names & presets.NEED_IMATRIX
     with pytest.raises(UnknownNameError, match="did you mean"):
         presets.resolve(header, "Q4_K_X", keys)

@@ -109,8 +109,9 @@ def test_the_numbers_are_on_the_page(folder: Path) -> None:
 def test_markdown_and_json_say_the_same(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     assert "4.65 MB instead of 21.1 MB; KL 0.00770 nats/token" in text
-    for name in re.findall(r"\(figures/(.*?)\)", text):
-        assert (folder / "figures" / name).is_file()
+    named = re.findall(r"\(figures/(.*?)\)", text)
+    assert sorted(named) == ["bits.png", "frontier.png", "sensitivity.png", "spend.png"]
+    assert all((folder / "figures" / name).is_file() for name in named)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
     assert len(tables) == 5
     for lines in (t.splitlines() for t in tables):

@@ -82,8 +82,9 @@ def test_the_story_is_on_the_page(folder: Path) -> None:
 def test_markdown_says_the_same(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     assert synthetic.story().headline in text
-    for name in re.findall(r"\(figures/(.*?)\)", text):
-        assert (folder / "figures" / name).is_file()
+    named = re.findall(r"\(figures/(.*?)\)", text)
+    assert {Path(name).stem for name in named} == CHARTS
+    assert all((folder / "figures" / name).is_file() for name in named)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
     assert len(tables) == 3
     for lines in (t.splitlines() for t in tables):
