@@ -10,15 +10,15 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 demo: $(VENV)/.ready
 	$(BIN)/bitplan demo --out demo-out
 
-test: $(VENV)/.ready
+test: $(VENV)/.ready-hf
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.ready-hf
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.ready
+bench: $(VENV)/.ready-hf
 	$(BIN)/python benchmarks/presets.py
 	$(BIN)/python benchmarks/probes.py
 	$(BIN)/python benchmarks/speed.py
@@ -27,6 +27,11 @@ bench: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# PyTorch and transformers, for the models that they run; the demo does without.
+$(VENV)/.ready-hf: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf,peers]'
 	touch $@
 
 clean:

@@ -30,7 +30,8 @@ from bitplan import artifacts, demo, gguf_file, text
 from bitplan.results import Results
 from bitplan.runtimes.llamacpp import engine_version
 from bitplan.studies import Variant, placement
-from bitplan.subject import Setting, Subject
+from bitplan.setting import Setting
+from bitplan.subject import Subject
 from bitplan.writers import patterns
 
 _RUNNING = re.compile(r"\[(\d+)\]([0-9.]+),")

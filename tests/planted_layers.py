@@ -12,8 +12,9 @@ import numpy as np
 from bitplan import study
 from bitplan.artifacts import TextFacts
 from bitplan.metrics import Tokens
+from bitplan.setting import Setting
 from bitplan.studies import Case, Cases, Measured, Variant
-from bitplan.subject import Setting, Subject
+from bitplan.subject import Subject
 from bitplan.units import layer_and_role
 
 COUNT = 4000

@@ -14,8 +14,8 @@ from bitplan import gguf_file
 from bitplan.errors import ModelFileError, RuntimeFailure
 from bitplan.formats import FORMATS
 from bitplan.runtimes import ggml
-from bitplan.runtimes.statistics import Captured
 from bitplan.runtimes.llamacpp import LlamaModel, scored
+from bitplan.runtimes.statistics import Captured
 from conftest import CTX, EXPERTS, LAYERS, USED, Cut, quantize
 
 Array = npt.NDArray[np.float32]

@@ -16,9 +16,10 @@ from bitplan.errors import ArtifactError, RuntimeFailure, UnknownNameError, Usag
 from bitplan.filed import Entry
 from bitplan.metrics import memory as resident
 from bitplan.results import Results, Story
+from bitplan.setting import Setting
 from bitplan.studies import Case, Cases, Measured, memory
 from bitplan.studies.memory import Options, figures
-from bitplan.subject import Setting, Subject
+from bitplan.subject import Subject
 from planted import measured, ranked
 
 BESIDE = 3_000_000

@@ -13,9 +13,10 @@ from bitplan import study
 from bitplan.artifacts import load
 from bitplan.errors import UnknownNameError, UsageError
 from bitplan.results import Finding, Results, Story
+from bitplan.setting import Setting
 from bitplan.studies import chance, curves, orderings, pictures
 from bitplan.studies.orderings import Options
-from bitplan.subject import Setting, Subject
+from bitplan.subject import Subject
 from planted_layers import Planted, cases
 
 TRUE = {layer: 2.0 ** (layer % 5) + 0.1 * layer for layer in range(12)}

@@ -17,12 +17,13 @@ from bitplan.artifacts import TextFacts
 from bitplan.divergence import Floats
 from bitplan.metrics import Tokens
 from bitplan.results import Finding, Results, Table
+from bitplan.setting import Setting
 from bitplan.studies import Case, Cases, Measured, Variant, placement
 from bitplan.studies.placement import commands, findings, tables
 from bitplan.studies.placement.sets import layers_of, meant, really, strategies
 from bitplan.studies.placement.view import View, view
 from bitplan.studies.placement.view import mib as in_mib
-from bitplan.subject import Setting, Subject
+from bitplan.subject import Subject
 from bitplan.writers import patterns
 
 TOOL = Path(__file__).parents[1] / "tools" / "qwen2_shape.py"

@@ -12,10 +12,11 @@ import pytest
 from bitplan import gguf_file, study
 from bitplan.errors import UnknownNameError, UsageError
 from bitplan.results import Finding, Results, Story
+from bitplan.setting import Setting
 from bitplan.studies import Case, Cases, Variant, equal_bytes, pruning
 from bitplan.studies.equal_bytes import Gap
 from bitplan.studies.pruning import Options
-from bitplan.subject import Setting, Subject
+from bitplan.subject import Subject
 from planted import Level, measured, ranked, tokens
 
 
@@ -203,7 +204,7 @@ def test_a_model_whose_layers_cannot_be_removed_is_refused_before_measuring(
 ) -> None:
     subject = ranked(twelve_layers)
     odd = subject.header.metadata | {"general.architecture": "gemma2"}
-    subject.__dict__["header"] = replace(subject.header, metadata=odd)
+    subject.source.__dict__["header"] = replace(subject.header, metadata=odd)
     with pytest.raises(UsageError, match="not known to be interchangeable"):
         study.listed("pruning", subject, given())
 

@@ -15,7 +15,8 @@ import pytest
 from bitplan import own_study, script, study, text
 from bitplan.errors import UsageError
 from bitplan.runtimes.llamacpp import LlamaModel
-from bitplan.subject import Setting, Subject
+from bitplan.setting import Setting
+from bitplan.subject import Subject
 from test_cli import bitplan
 
 NAMED = """\

@@ -15,10 +15,11 @@ from bitplan.errors import UnknownNameError, UsageError
 from bitplan.metrics import Tokens
 from bitplan.results import Results, Story
 from bitplan.runtimes.llamacpp import LlamaModel
+from bitplan.setting import Setting
 from bitplan.studies import Cases, Measured, equal_bytes
 from bitplan.studies import size_against_bits as sab
 from bitplan.studies.size_against_bits import Options
-from bitplan.subject import Setting, Subject
+from bitplan.subject import Subject
 from bitplan.writers import gguf
 from planted import TOKENS, Level, measured, ranked
 

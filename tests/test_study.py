@@ -30,8 +30,9 @@ from bitplan.evaluate import Contender
 from bitplan.measured import Place, Work
 from bitplan.presets import as_formats
 from bitplan.results import Results
+from bitplan.setting import Setting
 from bitplan.studies import Variant, layer_sensitivity
-from bitplan.subject import Setting, Subject
+from bitplan.subject import Subject
 from bitplan.writers import gguf
 
 STUDY = """\
@@ -101,7 +102,7 @@ def test_figures_are_those_of_evaluate(
             for n, t in types.items()
             if n in ("low", "mixture")
         ]
-        held_out, importance = subject.held_out, subject.importance
+        held_out, importance = subject.held_out, subject.importance_for(["q4_k"])
         _, other = evaluate.tokens(subject.model, wanted, held_out, importance)
     for name in ("low", "mixture"):
         own = other[name]
@@ -118,7 +119,7 @@ def test_the_order_of_measuring_does_not_matter(
             for layer in (0, 1)
             for fmt in ("q2_k", "q8_0")
         ]
-        windows, held = subject.held_out.tokens, subject.importance
+        windows, held = subject.held_out.tokens, subject.importance_for(["q4_k"])
         rounds = []
         for name, part in (("a", works), ("b", works[::-1])):
             place = Place(tmp_path / name, subject.facts.sha256, "", 1)

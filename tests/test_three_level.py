@@ -10,9 +10,10 @@ from bitplan import study
 from bitplan.artifacts import load
 from bitplan.errors import UsageError
 from bitplan.results import Finding, Results, Story
+from bitplan.setting import Setting
 from bitplan.studies import three_level
 from bitplan.studies.three_level import THREE, UNIFORM, Options, Split
-from bitplan.subject import Setting, Subject
+from bitplan.subject import Subject
 from planted_layers import Cost, Planted, cases
 
 IMPORTANCE = {layer: float((5 * layer) % 12) for layer in range(12)}

@@ -29,6 +29,7 @@ from bitplan.errors import UnknownNameError
 from bitplan.gguf_file import Header, read
 from bitplan.measure import Progress
 from bitplan.runtimes.llamacpp import LlamaModel
+from bitplan.text import label
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _settings(request: Request) -> tuple[list[formats.Format], measure.Settings]
 def _checked_budget(request: Request, header: Header, wanted: list[formats.Format]) -> Budget:
     """The budget in bytes, once it is known that model, memory, disk and size allow the work."""
     preflight.check_source(header, request.allow_requantize)
-    preflight.check_memory(header)
+    preflight.check_memory(header.path, header.size, preflight.SMALLER_REFERENCE)
     options.rules(request.keep, "--keep")
     options.rules(request.floor, "--floor")
     _rivals(request.presets)
@@ -171,7 +172,7 @@ def _checked_budget(request: Request, header: Header, wanted: list[formats.Forma
         ctx=request.fit_ctx,
         model=request.model,
     )
-    dataset = None if request.no_imatrix else options.label(request.text, "calibration")
+    dataset = None if request.no_imatrix else label(request.text, "calibration")
     keys = gguf_layout.added_keys(dataset, 0, 0)  # an estimate where --imatrix names a file
     low, high = preflight.reachable(header, wanted, keys, options.grouping(request.group))
     preflight.check_budget(budget, low, high)

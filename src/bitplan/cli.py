@@ -44,7 +44,11 @@ def measure(
     imatrix: o.Matrix = None,
     no_imatrix: o.NoMatrix = False,
     imatrix_windows: o.MatrixWindows = 32,
+    runtime: o.RuntimeName = "auto",
     gpu_layers: o.GpuLayers = 0,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.Trust = False,
     seed: o.Seed = 0,
     threads: o.Threads = 0,
     out: o.Out = None,
@@ -57,38 +61,19 @@ def measure(
 
     Stopped at any time, it goes on where it was: `bitplan measure model-f16.gguf --out here`
     """
-    from bitplan import formats as table
-    from bitplan import identity, preflight, scorers, summary
-    from bitplan import measure as stage
-    from bitplan.runtimes.llamacpp import LlamaModel
+    from bitplan import cli_measure, summary
+    from bitplan.setting import Setting
 
-    scorers.get(scorer)
-    wanted = o.candidates(formats, not no_imatrix)
-    settings = stage.Settings(
-        wanted, scorer, o.grouping(group), table.parse(probes) if probes else (), full, seed
-    )
+    setting = Setting(
+        text=text, ctx=ctx, windows=windows, imatrix=imatrix, no_imatrix=no_imatrix,
+        imatrix_windows=imatrix_windows, gpu_layers=gpu_layers, seed=seed, threads=threads,
+        fresh=fresh, runtime=runtime, device=device, dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    wanted = cli_measure.Wanted(scorer, formats, o.grouping(group), probes, full)
     path = o.located(model)
-    folder = o.folder(out, path)
-    with (
-        LlamaModel(path, ctx=ctx, threads=threads, swap=True, gpu_layers=gpu_layers) as opened,
-        console.progress(quiet or as_json) as report,
-    ):
-        calibration = o.cut(opened, text, "calibration", windows)
-        preflight.dry_run(opened, wanted)
-        facts, matrix = identity.model_facts(opened.header), None
-        if not no_imatrix:
-            many = o.cut(opened, text, "calibration", imatrix_windows)
-            matrix = o.collected(opened, facts, imatrix, many, folder)
-        result = stage.run(
-            opened,
-            calibration,
-            settings,
-            folder,
-            facts=facts,
-            imatrix=matrix,
-            fresh=fresh,
-            progress=report,
-        )
+    with console.progress(quiet or as_json) as report:
+        result = cli_measure.run(path, setting, wanted, o.folder(out, path), report)
     console.show(summary.of_sensitivity(result), result.dumps(), as_json, quiet)
 
 
@@ -183,12 +168,21 @@ def quantize(
 
 @app.command()
 def evaluate(
-    candidates: Annotated[list[Path], typer.Argument(help=".gguf files", show_default=False)],
+    candidates: Annotated[
+        list[Path], typer.Argument(help=".gguf files, or folders", show_default=False)
+    ],
     reference: Annotated[str, typer.Option(help="The unquantized model.", show_default=False)],
     text: o.Texts = None,
     ctx: o.Ctx = 512,
-    windows: o.Count = 24,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=0, help="Windows to use; 0 takes all. [default: 24; of examples all]"),
+    ] = None,
     speed: Annotated[bool, typer.Option(help="Measure speed and memory too.")] = True,
+    runtime: o.RuntimeName = "auto",
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.Trust = False,
     threads: o.Threads = 0,
     out: o.Out = None,
     as_json: o.Json = False,
@@ -199,27 +193,17 @@ def evaluate(
 
     `bitplan evaluate mine.gguf other.gguf --reference model-f16.gguf --text wikitext2`
     """
-    from bitplan import evaluate as stage
-    from bitplan import gguf_file, identity, summary
-    from bitplan.runtimes.llamacpp import LlamaModel
+    from bitplan import cli_measure, summary
+    from bitplan.setting import Setting
 
+    setting = Setting(
+        eval_text=text, ctx=ctx, eval_windows=windows, threads=threads, runtime=runtime,
+        device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     path = o.located(reference)
     folder = o.folder(out, path)
-    stems = [p.stem for p in candidates]
-    names = stems if len(set(stems)) == len(stems) else [str(p) for p in candidates]
-    headers = [gguf_file.read(p) for p in candidates]
-    names = ["plan" if o.is_planned(h, folder) else n for h, n in zip(headers, names, strict=True)]
-    contenders = [
-        stage.Contender(name, header.size, header.path)
-        for name, header in zip(names, headers, strict=True)
-    ]
-    with (
-        LlamaModel(path, ctx=ctx, threads=threads) as opened,
-        console.progress(quiet or as_json) as report,
-    ):
-        held_out = o.cut(opened, text, "evaluation", windows)
-        facts = identity.model_facts(opened.header)
-        result = stage.run(opened, facts, contenders, held_out, speed=speed, progress=report)
+    with console.progress(quiet or as_json) as report:
+        result = cli_measure.compare(path, candidates, setting, folder, speed, report)
     result.save(folder / "evaluation.json")
     console.show(summary.of_evaluation(result), result.dumps(), as_json, quiet)
 

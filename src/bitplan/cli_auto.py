@@ -79,8 +79,9 @@ def demo(
     from bitplan import auto as whole
     from bitplan import demo as builtin
     from bitplan import study, summary_study
+    from bitplan.setting import Setting
     from bitplan.studies import get
-    from bitplan.subject import Setting, Subject
+    from bitplan.subject import Subject
 
     request = whole.Request(model=builtin.MODEL, bpw=bpw, out=out, threads=threads)
     setting, kind = Setting(eval_windows=8, threads=threads), "placement"

@@ -60,11 +60,15 @@ def common(
     eval_text: o.EvalTexts = None,
     ctx: o.Ctx = 512,
     windows: o.Count = 8,
-    eval_windows: o.EvalWindows = 24,
+    eval_windows: o.EvalCount = None,
     imatrix: o.Matrix = None,
     no_imatrix: o.NoMatrix = False,
     imatrix_windows: o.MatrixWindows = 32,
+    runtime: o.RuntimeName = "auto",
     gpu_layers: o.GpuLayers = 0,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.Trust = False,
     seed: o.Seed = 0,
     threads: o.Threads = 0,
     files: Annotated[
@@ -101,7 +105,8 @@ def run(
     import contextlib
 
     from bitplan import script, study, summary_study
-    from bitplan.subject import Setting, Subject
+    from bitplan.setting import Setting
+    from bitplan.subject import Subject
 
     quiet, as_json = given["quiet"], given["as_json"]
     values = {k: v for k, v in given.items() if k in Setting.__dataclass_fields__}

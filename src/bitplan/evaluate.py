@@ -20,7 +20,6 @@ from bitplan.artifacts import Candidate, Comparison, Evaluation, ModelFacts, Ori
 from bitplan.formats import Format
 from bitplan.metrics import Case, Tokens, mean
 from bitplan.runtimes import Runtime
-from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.text import Windows
 
 Progress = Callable[[str, int, int], None]
@@ -109,8 +108,7 @@ def tokens(
 
 def _open(stack: contextlib.ExitStack, contender: Contender, reference: Runtime) -> Runtime:
     assert contender.path is not None
-    opened = LlamaModel(contender.path, ctx=reference.ctx, threads=reference.threads)
-    model = stack.enter_context(opened)
+    model = stack.enter_context(reference.beside(contender.path))
     paired.check_vocabulary(model, reference, contender.path)
     return model
 

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -107,7 +107,17 @@ def _sum(name: str, entries: list[Entry]) -> Entry:
     return _entry(f"merged {name!r}", squares, counts)
 
 
-def check(imatrix: Imatrix, header: Header) -> None:
+class Holder(Protocol):
+    """A model, on disk or open, that says what tensors it has."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Sequence[Tensor]: ...
+
+
+def check(imatrix: Imatrix, header: Holder) -> None:
     """Every entry fits the model's tensor of that name, or ImatrixError.
 
     One matrix as long as all experts together is also right: `.dat` files have no other way.

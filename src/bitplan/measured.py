@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import numpy.typing as npt
 
 from bitplan import formats, paired
 from bitplan.errors import ArtifactError
+from bitplan.files import write_bytes
 from bitplan.formats import Format
 from bitplan.metrics import Tokens
 from bitplan.runtimes import Runtime
@@ -139,10 +139,13 @@ def ordered(works: Sequence[Work]) -> list[Work]:
     """Each followed by the one most like it, so that few weights change hands between them."""
     names = sorted({t for w in works for t in (*w.types, *w.zeroed)})
     index = {name: i for i, name in enumerate(names)}
+    codes = {f: i for i, f in enumerate(sorted({f for w in works for f in w.types.values()}), 1)}
     table = np.zeros((len(works), len(names)), np.int16)
     for row, work in zip(table, works, strict=True):
-        for tensor, fmt in work.assignment.items():
-            row[index[tensor]] = -1 if fmt is None else fmt.type_id + 1
+        for tensor, fmt in work.types.items():
+            row[index[tensor]] = codes[fmt]
+        for tensor in work.zeroed:
+            row[index[tensor]] = -1
     left, here, found = set(range(len(works))), np.zeros(len(names), np.int16), []
     while left:
         nearest = min(left, key=lambda i: (int((table[i] != here).sum()), i))
@@ -184,20 +187,6 @@ def load(path: Path, shape: tuple[int, int]) -> Tokens:
 
 
 def _save(tokens: Tokens, path: Path) -> None:
-    """Under a temporary name, then renamed: on disk, and whole, when this returns."""
     buffer = io.BytesIO()
     np.savez(buffer, **{f: getattr(tokens, f).astype(np.float32).reshape(-1) for f in _FIGURES})
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ArtifactError(
-            f"{path}: cannot be written ({error.strerror}); what was measured so far is kept, free"
-            " some space and run the same command again."
-        ) from None
+    write_bytes(path, buffer.getvalue())

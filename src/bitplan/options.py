@@ -19,13 +19,13 @@ from bitplan.units import Grouping
 
 if TYPE_CHECKING:  # heavy: `bitplan plan` starts without llama.cpp
     from bitplan.imatrix import Imatrix
-    from bitplan.runtimes.llamacpp import LlamaModel
+    from bitplan.runtimes import Runtime
 
 Model = Annotated[
     str,
     typer.Argument(
-        help="A .gguf file (any shard of several), a folder, a hub id (owner/repo[:file]), or"
-        " 'builtin'.",
+        help="A .gguf file (any shard of several), a folder of safetensors, a hub id"
+        " (owner/repo[@revision][:file]), or 'builtin'.",
         show_default=False,
     ),
 ]
@@ -40,6 +40,14 @@ EvalTexts = Annotated[
     ),
 ]
 EvalWindows = Annotated[int, typer.Option(min=2, help="Windows for the figures.")]
+EvalCount = Annotated[
+    int | None,
+    typer.Option(
+        "--eval-windows",
+        min=2,
+        help="Windows, or a classifier's examples, for the figures. [default: 24; of examples all]",
+    ),
+]
 MatrixWindows = Annotated[int, typer.Option(min=1, help="Windows for the importance matrix.")]
 Other = Annotated[str, typer.Argument(help="The model to compare with.", show_default=False)]
 Ctx = Annotated[int, typer.Option(min=16, help="Tokens per window.")]
@@ -58,7 +66,8 @@ ScorerName = Annotated[
     str,
     typer.Option(
         "--scorer",
-        help="kl, weight_error, lim, zd, magnitude, position, random, or reverse:NAME.",
+        help="kl, weight_error, lim, zd, magnitude, position, random; with hf also block_error,"
+        " fisher, gradient; or reverse:NAME.",
     ),
 ]
 Group = Annotated[str, typer.Option(help="What shares a format: tensor, module or layer.")]
@@ -72,6 +81,15 @@ Matrix = Annotated[
     typer.Option("--imatrix", help="Importance matrix file. [default: collected from the text]"),
 ]
 NoMatrix = Annotated[bool, typer.Option("--no-imatrix", help="Round without importance matrix.")]
+RuntimeName = Annotated[
+    str,
+    typer.Option("--runtime", help="llamacpp or hf (PyTorch); auto: by the kind of file."),
+]
+Device = Annotated[str, typer.Option(help="hf: cpu, cuda, mps; auto takes the fastest.")]
+Dtype = Annotated[str, typer.Option(help="hf: float32, float16, bfloat16; auto: as stored.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="hf: run Python code that the model brings.")
+]
 GpuLayers = Annotated[int, typer.Option(help="Layers on the GPU; -1 puts all there.")]
 Size = Annotated[str | None, typer.Option(help="Bytes of the file: 400MB, 3.5GiB.")]
 Bpw = Annotated[float | None, typer.Option(help="Bits per weight, metadata included: 4.25.")]
@@ -107,21 +125,29 @@ def located(name: str) -> Path:
 
 
 def cut(
-    model: LlamaModel,
+    model: Runtime,
     sources: Sequence[str] | None,
     purpose: corpus.Part,
     count: int,
     skip: int = 0,
 ) -> text.Windows:
-    """Windows of the wanted text, for calibration or evaluation, after `skip` windows."""
+    """Windows of the wanted text, for calibration or evaluation, after `skip` windows; of a
+    classifier its examples, which have labels where figures are to be measured."""
     named = list(sources or ["builtin"])
+    if model.is_classifier:
+        from bitplan import examples
+
+        return examples.windows(
+            named, purpose, model.encode, model.label_names,
+            ctx=model.ctx, count=count, skip=skip, labelled=purpose == "evaluation",
+        )  # fmt: skip
     return text.windows(
         text.load(named, purpose),
         model.tokenize,
         ctx=model.ctx,
         count=count,
         bos=model.bos,
-        source=label(named, purpose),
+        source=text.label(named, purpose),
         skip=skip,
     )
 
@@ -159,15 +185,14 @@ def _files(sources: Sequence[str] | None) -> list[str]:
     return [s if s in _PARTED else str(Path(s).resolve()) for s in sources or ["builtin"]]
 
 
-def label(sources: Sequence[str] | None, purpose: corpus.Part) -> str:
-    """What artefacts call a text."""
-    named = list(sources or ["builtin"])
-    return "+".join(named) + (f":{purpose}" if "builtin" in named else "")
+def candidates(
+    names: str, with_imatrix: bool, default: Sequence[str] = formats.DEFAULT
+) -> list[Format]:
+    """The candidate formats. Raises ImatrixError for those that need a matrix there is none of.
 
-
-def candidates(names: str, with_imatrix: bool) -> list[Format]:
-    """The candidate formats. Raises ImatrixError for those that need a matrix there is none of."""
-    wanted = formats.parse(names)
+    default: what `default` stands for.
+    """
+    wanted = formats.parse(names, default)
     needy = [f.name for f in wanted if f.needs_imatrix]
     if needy and not with_imatrix:
         if names in ("default", "all"):
@@ -180,7 +205,7 @@ def candidates(names: str, with_imatrix: bool) -> list[Format]:
 
 
 def collected(
-    model: LlamaModel, facts: ModelFacts, path: Path | None, windows: text.Windows, out: Path
+    model: Runtime, facts: ModelFacts, path: Path | None, windows: text.Windows, out: Path
 ) -> Imatrix:
     """The importance matrix: read where one is named, else collected; it lies in OUT then.
 
@@ -191,7 +216,7 @@ def collected(
     file, note = out / "imatrix.gguf", out / "imatrix.key"
     if path is not None:
         matrix = imatrix.read(path)
-        imatrix.check(matrix, model.header)
+        imatrix.check(matrix, model)
         note.unlink(missing_ok=True)  # it spoke of the matrix that this one replaces
         imatrix.write(matrix, _made(out) / "imatrix.gguf")
         return matrix

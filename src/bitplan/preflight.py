@@ -13,7 +13,9 @@ from bitplan.errors import BudgetError, ModelFileError, RuntimeFailure, WriteErr
 from bitplan.formats import Format
 from bitplan.gguf_file import Header
 from bitplan.machine import available_memory
-from bitplan.runtimes.llamacpp import LlamaModel
+from bitplan.runtimes import Runtime
+
+SMALLER_REFERENCE = "use its Q8_0 file as the reference (with --allow-requantize)"
 
 
 def reachable(
@@ -53,13 +55,16 @@ def check_source(header: Header, allow_requantize: bool) -> None:
         )
 
 
-def check_memory(header: Header) -> None:
-    """Raises RuntimeFailure when the weights do not fit in the memory that is free."""
+def check_memory(path: Path, needed: int, instead: str) -> None:
+    """Raises RuntimeFailure when the weights do not fit in the memory that is free.
+
+    needed: bytes. instead: what to do then.
+    """
     free = available_memory()
-    if free is not None and header.size > free:
+    if free is not None and needed > free:
         raise RuntimeFailure(
-            f"{header.path}: needs {human(header.size)} of memory to be measured, but only"
-            f" {human(free)} is free; use its Q8_0 file as the reference (with --allow-requantize)."
+            f"{path}: needs {human(needed)} of memory to be measured, but only {human(free)} is"
+            f" free; {instead}."
         )
 
 
@@ -75,7 +80,7 @@ def check_disk(out: Path, needed: int) -> None:
         )
 
 
-def dry_run(model: LlamaModel, wanted: Sequence[Format]) -> None:
+def dry_run(model: Runtime, wanted: Sequence[Format]) -> None:
     """Round one unit and put it back, so that what cannot work fails now."""
     found = model.units()
     unit = min(found, key=lambda u: u.weights)
@@ -83,7 +88,7 @@ def dry_run(model: LlamaModel, wanted: Sequence[Format]) -> None:
     for fmt in smallest:
         with model.rounded(unit.types(fmt)):
             pass
-    missing = [t.name for u in found for t in u.tensors if t.name not in model.weights.names()]
+    missing = model.unreached()
     if missing:
         raise RuntimeFailure(
             f"{model.path}: {missing[0]} takes no part in a plain run of the model, so its damage"

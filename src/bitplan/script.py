@@ -23,7 +23,7 @@ from bitplan.version import __version__
 from bitplan.writers import gguf
 
 if TYPE_CHECKING:
-    from bitplan.runtimes.llamacpp import LlamaModel
+    from bitplan.runtimes import Runtime
     from bitplan.study import Listed
     from bitplan.subject import Subject
 
@@ -70,7 +70,7 @@ def _copied(source: Path, target: Path) -> None:
         raise WriteError(f"{target}: cannot be written ({error.strerror}).") from None
 
 
-def excerpt(whole: str, model: LlamaModel, windows: Windows, skip: int) -> str:
+def excerpt(whole: str, model: Runtime, windows: Windows, skip: int) -> str:
     """The part of a text whose first windows, for llama-perplexity, are these.
 
     skip: windows before them. Raises UsageError where the tokenizer allows no such cut.
@@ -96,7 +96,7 @@ def excerpt(whole: str, model: LlamaModel, windows: Windows, skip: int) -> str:
     )
 
 
-def _offset(whole: str, model: LlamaModel, tokens: int) -> int:
+def _offset(whole: str, model: Runtime, tokens: int) -> int:
     """Characters that make so many tokens."""
     low, high = 0, len(whole)
     while low < high:
@@ -108,7 +108,7 @@ def _offset(whole: str, model: LlamaModel, tokens: int) -> int:
     return low
 
 
-def _same(part: str, model: LlamaModel, windows: Windows) -> bool:
+def _same(part: str, model: Runtime, windows: Windows) -> bool:
     tokens, goal = model.tokenize(part)[: windows.tokens.size].copy(), windows.tokens
     if len(tokens) < goal.size:
         return False

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitplan import filed, measured, metrics, preflight, removal, studies
+from bitplan import filed, measured, metrics, preflight, studies
 from bitplan import report_study as report
 from bitplan.artifacts import Measurement, Origin, schema_of
 from bitplan.errors import UsageError, WriteError
@@ -24,7 +24,6 @@ from bitplan.measured import Work
 from bitplan.metrics import Tokens
 from bitplan.reporting.wording import ranges
 from bitplan.results import Mix, Results, VariantFacts
-from bitplan.runtimes.llamacpp import engine_version
 from bitplan.studies import Case, Cases, Measured, Variant
 from bitplan.subject import Subject
 from bitplan.units import layer_and_role
@@ -57,13 +56,8 @@ def listed(name: str, subject: Subject, options: Any) -> list[Listed]:
 
 
 def _sized(subject: Subject, variant: Variant) -> Listed:
-    removal.check(subject.header, variant.removed)
-    header = removal.without(subject.header, variant.removed)
-    types = removal.renamed(variant.types, subject.header, variant.removed)
-    changed = types or variant.removed
-    size = gguf.predicted(header, types, subject.keys) if changed else header.size
-    data = gguf.tensor_bytes(header, types)
-    return Listed(variant, size, data, 8 * size / subject.header.weights)
+    size, data = subject.source.size(variant.types, variant.removed)
+    return Listed(variant, size, data, 8 * size / subject.facts.weights)
 
 
 def run(
@@ -97,7 +91,7 @@ def run(
     cases = Cases(found)
     result = Results(
         schema=schema_of(Results),
-        origin=_origin(subjects, files),
+        origin=_origin(subjects, plans, files),
         study=name,
         title=getattr(options, "title", "") or title(module),
         options=options.model_dump(),
@@ -116,17 +110,17 @@ def title(module: Any) -> str:
     return str(module.__doc__).strip().split("\n")[0].partition(": ")[2].rstrip(".")
 
 
-def _origin(subjects: Sequence[Subject], files: bool) -> Origin:
+def _origin(subjects: Sequence[Subject], plans: Sequence[Sequence[Listed]], files: bool) -> Origin:
     first = subjects[0]
     return Origin(
-        engine=engine_version(),
+        engine=first.model.engine,
         parents={
             f"{what}{i or ''}": digest
-            for i, s in enumerate(subjects)
+            for i, (s, rows) in enumerate(zip(subjects, plans, strict=True))
             for what, digest in (
                 ("model", s.facts.sha256),
                 ("text", s.held_out.facts.sha256),
-                ("imatrix", s.imatrix.hash() if s.imatrix else ""),
+                ("imatrix", _hash(s, rows)),
             )
         },
         seed=first.setting.seed,
@@ -142,20 +136,21 @@ def _check(subject: Subject, rows: Sequence[Listed], files: bool) -> None:
     if files:
         preflight.check_disk(subject.out, max(row.bytes for row in rows))
     for row in rows:
-        types = removal.kept(row.variant.types, row.variant.removed)
-        gguf.check_importance(types, subject.imatrix)
+        types = _kept(subject, row.variant)
+        subject.source.check_importance(types, subject.imatrix_for(types.values()))
 
 
 def _measured(
     subject: Subject, rows: Sequence[Listed], files: bool, fresh: bool, progress: Progress
 ) -> Measured:
     """Every variant of one model."""
-    windows, place = subject.held_out.tokens, _place(subject)
+    windows, place = subject.held_out.tokens, _place(subject, rows)
     works = [Work(REFERENCE, {}), *(_work(subject, r.variant) for r in rows)]
     by_file = [_file_work(subject, r.variant) for r in rows] if files else []
     if fresh:
         measured.forget(subject.model, [*works, *by_file], windows, place)
-    found = measured.run(subject.model, works, windows, subject.importance, place, progress)
+    importance = subject.importance_for(_formats(rows))
+    found = measured.run(subject.model, works, windows, importance, place, progress)
     real: dict[str, Tokens] = {}
     for i, (row, work) in enumerate(zip(rows, by_file, strict=False)):
         progress(f"files: {work.name}", i, len(rows))
@@ -167,7 +162,7 @@ def _measured(
         subject.held_out.facts,
         _case(own, found[REFERENCE], None),
         {n: _case(r, found[n], real.get(n)) for r in rows for n in [r.variant.name]},
-        subject.model.text_bytes(windows[:, subject.model.ctx // 2 + 1 :]),
+        subject.model.text_bytes(subject.model.targets(windows)),
     )
 
 
@@ -182,30 +177,45 @@ def _extras(
         assert file is not None
         write = functools.partial(_write, subject, row, file, lambda *_: None)
         entries.append(filed.Entry(model.cases[row.variant.name], file, write))
-    place = _place(subject)
+    place = _place(subject, rows)
     key = {
         "measure": module.__name__, "options": options.model_dump(), "model": place.model,
-        "imatrix": place.imatrix, "threads": place.threads, "engine": engine_version(),
+        "imatrix": place.imatrix, "threads": place.threads, "engine": place.engine,
         "platform": sys.platform,
     }  # fmt: skip
     hook = functools.partial(module.measure, subject, options)
     return filed.run(model, entries, hook, key, place.folder, fresh=fresh, progress=progress)
 
 
-def _place(subject: Subject) -> measured.Place:
-    imatrix = subject.imatrix.hash() if subject.imatrix else ""
-    return measured.place(subject.model, subject.out, subject.facts.sha256, imatrix)
+def _formats(rows: Sequence[Listed]) -> set[str]:
+    return {f for row in rows for f in row.variant.types.values()}
+
+
+def _place(subject: Subject, rows: Sequence[Listed]) -> measured.Place:
+    digest = _hash(subject, rows)
+    return measured.place(subject.model, subject.out, subject.facts.sha256, digest)
+
+
+def _hash(subject: Subject, rows: Sequence[Listed]) -> str:
+    """Of the importance matrix that these variants are rounded with."""
+    imatrix = subject.imatrix_for(_formats(rows))
+    return imatrix.hash() if imatrix else ""
+
+
+def _kept(subject: Subject, variant: Variant) -> dict[str, str]:
+    """Types without those of the layers that are left out."""
+    gone = {t.name for u in subject.units if u.layer in variant.removed for t in u.tensors}
+    return {t: f for t, f in variant.types.items() if t not in gone}
 
 
 def _types(subject: Subject, variant: Variant) -> dict[str, str]:
     """What a variant really changes, so that two that are the same are measured once."""
-    own = {t.name: t.fmt.name for t in subject.header.tensors}
-    kept = removal.kept(variant.types, variant.removed)
-    return {t: f for t, f in kept.items() if own.get(t) != f}
+    own = {t.name: t.fmt.name for t in subject.source.tensors}
+    return {t: f for t, f in _kept(subject, variant).items() if own.get(t) != f}
 
 
 def _work(subject: Subject, variant: Variant) -> Work:
-    gone = removal.zeroed(subject.header, variant.removed) if variant.removed else ()
+    gone = subject.source.silenced(variant.removed) if variant.removed else ()
     return Work(variant.name, _types(subject, variant), gone)
 
 

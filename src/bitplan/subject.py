@@ -6,7 +6,7 @@ Opens the model only when something has to be run, so that `--dry-run` answers f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,45 +14,26 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bitplan import (
-    formats,
-    gguf_file,
-    gguf_layout,
-    identity,
-    imatrix,
-    measure,
-    options,
-    preflight,
-    presets,
-    units,
-)
+from bitplan import formats, measure, options, sources, units
 from bitplan.artifacts import ModelFacts, Sensitivity
-from bitplan.errors import UnknownNameError, UsageError
+from bitplan.errors import UsageError
 from bitplan.gguf_file import Header
 from bitplan.imatrix import Imatrix
 from bitplan.measure import Progress
-from bitplan.runtimes.llamacpp import LlamaModel
+from bitplan.runtimes import Runtime
+from bitplan.setting import Setting
+from bitplan.sources import Source
 from bitplan.text import Windows
+from bitplan.units import Unit
+
+EVAL_WINDOWS = 24
+"""Windows of text that figures are measured on unless told otherwise."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What all models of a study are measured with; names and defaults of `bitplan study`."""
-
-    text: list[str] | None = None
-    eval_text: list[str] | None = None
-    ctx: int = 512
-    windows: int = 8
-    eval_windows: int = 24
-    imatrix: Path | None = None
-    no_imatrix: bool = False
-    imatrix_windows: int = 32
-    gpu_layers: int = 0
-    seed: int = 0
-    threads: int = 0
-    allow_requantize: bool = False
-    fresh: bool = False
-    """Discard what an earlier run measured."""
+def takes_importance(name: str) -> bool:
+    """Whether rounding to this format looks at an importance matrix: GGUF's types do."""
+    fmt = formats.get(name)
+    return fmt.scheme is None and not fmt.is_float
 
 
 @dataclass
@@ -83,25 +64,34 @@ class Subject:
         return self.setting.threads
 
     @cached_property
+    def source(self) -> Source:
+        """The model on disk."""
+        return sources.of(self.path, self.setting)
+
+    @property
     def header(self) -> Header:
-        return gguf_file.read(self.path)
+        """Of a GGUF file. Raises UsageError for studies that need one and have another model."""
+        found = getattr(self.source, "header", None)
+        if not isinstance(found, Header):
+            raise UsageError(
+                f"{self.path}: this study, or option, writes or reads GGUF files; convert the model"
+                " to GGUF for it."
+            )
+        return found
+
+    @property
+    def has_presets(self) -> bool:
+        """Whether its formats are GGUF's."""
+        return self.source.has_presets
 
     @cached_property
-    def units(self) -> list[units.Unit]:
+    def units(self) -> list[Unit]:
         """Every tensor that can change format, embedding first, output last."""
-        return units.find(self.header)
+        return self.source.units()
 
     @cached_property
     def layers(self) -> list[int]:
         return sorted({u.layer for u in self.units if u.layer is not None})
-
-    @cached_property
-    def keys(self) -> gguf_layout.Keys:
-        """The metadata that a written variant gains, for counting bytes."""
-        if self.setting.imatrix is not None:
-            return measure.added_keys(imatrix.read(self.setting.imatrix))
-        label = options.label(self.setting.text, "calibration")
-        return gguf_layout.added_keys(None if self.setting.no_imatrix else label, 0, 0)
 
     def base(self, name: str) -> dict[str, str]:
         """Tensor -> format for the whole model: what llama-quantize NAME gives (`q4_0`, `q4_k_m`:
@@ -109,42 +99,32 @@ class Subject:
 
         Raises UnknownNameError.
         """
-        if name.upper() in presets.FTYPES:
-            needs = name.upper() in presets.NEED_IMATRIX
-            matrix = self.matrix if needs else None
-            return presets.resolve(self.header, name, self.keys, matrix).types
-        if name.lower() not in formats.FORMATS:
-            known = {*formats.FORMATS, *(n.lower() for n in presets.FTYPES)}
-            raise UnknownNameError("format or preset", name, known)
-        return self.everywhere(name)
+        return self.source.base(name, lambda: self.matrix)
 
     def everywhere(self, name: str) -> dict[str, str]:
         """Every quantizable tensor in one format, fallbacks applied."""
-        fmt = formats.get(name)
-        return {t: f.name for u in self.units for t, f in u.types(fmt).items()}
+        return units.everywhere(self.units, name)
+
+    def check_removal(self, layers: Sequence[int]) -> None:
+        """Raises UsageError where leaving out these layers is not known to be exact."""
+        self.source.check_removal(layers)
 
     # --- what needs the model --------------------------------------------------------------
 
-    @cached_property
+    @property
     def facts(self) -> ModelFacts:
-        return identity.model_facts(self.header)
+        return self.source.facts
 
     def check(self) -> None:
         """What speaks against opening the model, from its header. Raises ModelFileError,
         RuntimeFailure."""
-        if "model" in vars(self):
-            return  # it is open, and its memory no longer free
-        preflight.check_source(self.header, self.setting.allow_requantize)
-        preflight.check_memory(self.header)
+        if "model" not in vars(self):  # else it is open, and its memory no longer free
+            self.source.check()
 
     @cached_property
-    def model(self) -> LlamaModel:
+    def model(self) -> Runtime:
         self.check()
-        s = self.setting
-        opened = LlamaModel(
-            self.path, ctx=s.ctx, threads=s.threads, swap=True, gpu_layers=s.gpu_layers
-        )
-        return self._open.enter_context(opened)
+        return self._open.enter_context(self.source.open())
 
     @cached_property
     def calibration(self) -> Windows:
@@ -154,7 +134,10 @@ class Subject:
     def held_out(self) -> Windows:
         """What figures are measured on: never what calibration saw."""
         s = self.setting
-        return options.cut(self.model, s.eval_text, "evaluation", s.eval_windows, skip=self.skipped)
+        count = s.eval_windows
+        if count is None:
+            count = 0 if self.model.is_classifier else EVAL_WINDOWS
+        return options.cut(self.model, s.eval_text, "evaluation", count, skip=self.skipped)
 
     @property
     def skipped(self) -> int:
@@ -175,11 +158,22 @@ class Subject:
 
     @property
     def matrix(self) -> Path | None:
+        """The file of it."""
         return self.out / "imatrix.gguf" if self.imatrix else None
 
-    @cached_property
-    def importance(self) -> Mapping[str, npt.NDArray[np.float32]]:
-        return self.imatrix.importance() if self.imatrix else {}
+    def imatrix_for(self, names: Iterable[str]) -> Imatrix | None:
+        """The importance matrix, if any of these formats is one that looks at it.
+
+        Integers do not, so that nothing is collected for models that are stored in nothing else.
+        """
+        if self.source.has_presets or any(takes_importance(n) for n in names):
+            return self.imatrix
+        return None
+
+    def importance_for(self, names: Iterable[str]) -> Mapping[str, npt.NDArray[np.float32]]:
+        """Tensor -> mean squared input, as `imatrix_for`; empty without."""
+        found = self.imatrix_for(names)
+        return found.importance() if found else {}
 
     def sensitivity(self, scorer: str, low: str, seed: int = 0) -> Sensitivity:
         """What each layer loses in one format, by any scorer; measured on the calibration text,
@@ -199,7 +193,7 @@ class Subject:
             settings,
             folder,
             facts=self.facts,
-            imatrix=self.imatrix,
+            imatrix=self.imatrix_for([low]),
             fresh=fresh,
             progress=self.progress,
         )

@@ -83,6 +83,12 @@ def _wikitext2(member: str) -> str:
         ) from None
 
 
+def label(sources: Sequence[str] | None, purpose: corpus.Part) -> str:
+    """What artefacts call a text."""
+    named = list(sources or ["builtin"])
+    return "+".join(named) + (f":{purpose}" if "builtin" in named else "")
+
+
 def windows(
     text: str,
     tokenize: Callable[[str], Tokens],

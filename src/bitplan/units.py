@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +47,8 @@ class Unit:
     role: str
     alignment: int = ALIGNMENT
     """What each tensor's data is padded to in the file."""
+    is_embedding: bool = False
+    """Looked up, not multiplied: engines load integers (not GGUF's types) for the latter only."""
 
     @property
     def weights(self) -> int:
@@ -54,21 +56,39 @@ class Unit:
         return sum(math.prod(t.shape) for t in self.tensors)
 
     def types(self, fmt: Format) -> dict[str, Format]:
-        """Tensor -> format really stored: `fmt`, or its fallback where rows do not divide."""
+        """Tensor -> format really stored: `fmt`, or its fallback where rows do not divide.
+
+        An embedding keeps its own where `fmt` is for linear layers alone.
+        """
+        if self.is_embedding and fmt.scheme:
+            return {t.name: t.fmt for t in self.tensors}
         return {t.name: formats.fitting(fmt, t.shape[-1]) for t in self.tensors}
 
-    def nbytes(self, fmt: Format) -> int:
-        """Bytes in the file, each tensor padded to the file's alignment."""
-        types = self.types(fmt)
+    def stored(self, types: Mapping[str, str]) -> int:
+        """Bytes with these formats by tensor, the own one where none is named; padded."""
         return sum(
-            padded(formats.nbytes(types[t.name], t.shape, _scale_bytes(t.fmt)), self.alignment)
+            padded(tensor_bytes(t, types.get(t.name, t.fmt.name)), self.alignment)
             for t in self.tensors
         )
 
+    def nbytes(self, fmt: Format) -> int:
+        """Bytes in the file, each tensor padded to the file's alignment."""
+        return self.stored({t: f.name for t, f in self.types(fmt).items()})
 
-def _scale_bytes(source: Format) -> int:
-    """Scales that are stored beside integers keep the type of the weights they scale."""
-    return 4 if source.name == "f32" else 2
+
+def tensor_bytes(tensor: Tensor, fmt: str) -> int:
+    """Bytes of one tensor's data in a format, without padding."""
+    if fmt == tensor.fmt.name:
+        return tensor.nbytes
+    # scales that are stored beside integers keep the type of the weights they scale
+    scale = 4 if tensor.fmt.name == "f32" else 2
+    return formats.nbytes(formats.get(fmt), tensor.shape, scale)
+
+
+def everywhere(units: Iterable[Unit], name: str) -> dict[str, str]:
+    """Tensor -> one format for all of them, fallbacks applied. Raises UnknownNameError."""
+    fmt = formats.get(name)
+    return {t: f.name for u in units for t, f in u.types(fmt).items()}
 
 
 def padded(nbytes: int, alignment: int = ALIGNMENT) -> int:
@@ -156,6 +176,8 @@ def candidates(unit: Unit, wanted: Iterable[Format]) -> list[Format]:
     found: dict[str, Format] = {}
     for fmt in wanted:
         stored = formats.fitting(fmt, next(iter(row))) if len(row) == 1 else fmt
+        if unit.is_embedding and stored.scheme:
+            continue
         if stored.bits <= source:
             found[stored.name] = stored
     return sorted(found.values(), key=lambda f: (-f.bits, f.name))

@@ -67,8 +67,8 @@ def resident() -> int:
 def main(path: str, ctx: int, mode: str, threads: int) -> int:
     from llama_cpp import llama_cpp as capi
 
-    from bitplan.runtimes import log
     from bitplan.machine import available_cores
+    from bitplan.runtimes import log
 
     with log.captured():
         capi.llama_backend_init()

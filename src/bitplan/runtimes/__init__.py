@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Self
 
 from bitplan.artifacts import ModelFacts
 from bitplan.formats import Format
 from bitplan.runtimes.statistics import Captured
+from bitplan.tensors import Tensor
 from bitplan.units import Grouping, Unit
 
 Array = npt.NDArray[np.float32]
@@ -21,8 +23,16 @@ Array = npt.NDArray[np.float32]
 class Runtime(Protocol):
     """An open model. Scorers, metrics and studies know nothing else of it."""
 
-    path: Path
-    """The file, or the folder, that it was opened from."""
+    @property
+    def path(self) -> Path:
+        """The file, or the folder, that it was opened from."""
+        ...
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """What it consists of, as far as it matters to plans and importance matrices."""
+        ...
+
     ctx: int
     """Tokens of a window."""
     threads: int
@@ -30,6 +40,11 @@ class Runtime(Protocol):
     """Windows that go through one run; work is cut into groups of so many."""
     n_vocab: int
     """Width of the logits: of the vocabulary, or of a classifier's labels."""
+
+    label_names: Mapping[str, int]
+    """A classifier's labels by name; of other models empty."""
+    is_classifier: bool
+    """Whether its windows are examples (see `runtimes.hf.batches`) and its logits labels."""
 
     @property
     def positions(self) -> int:
@@ -71,6 +86,10 @@ class Runtime(Protocol):
         """
         ...
 
+    def unreached(self) -> list[str]:
+        """Tensors of units that a plain run of the model does not touch."""
+        ...
+
     def rounded(
         self, assignment: Mapping[str, Format], importance: Mapping[str, Array] | None = None
     ) -> AbstractContextManager[None]:
@@ -82,6 +101,29 @@ class Runtime(Protocol):
     ) -> None:
         """As `rounded` (None: all zeros), but lasting; {} restores all. Costs what differs."""
         ...
+
+    def tokenize(self, text: str) -> npt.NDArray[np.int32]:
+        """Text -> token ids, special tokens in front as the model wants them."""
+        ...
+
+    def encode(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
+        """Examples of a classifier -> their tokens, at most `ctx` of each."""
+        ...
+
+    @property
+    def bos(self) -> int | None:
+        """The token that opens every window, where the vocabulary adds one."""
+        ...
+
+    def text_bytes(self, tokens: npt.NDArray[np.int32]) -> int:
+        """Bytes of text that these tokens stand for; special tokens stand for none."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: Any) -> None: ...
 
     def beside(self, file: Path) -> AbstractContextManager[Runtime]:
         """Another model, opened with the same settings."""

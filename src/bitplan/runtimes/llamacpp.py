@@ -30,6 +30,7 @@ from bitplan.runtimes import capture as capturing
 from bitplan.runtimes import ggml, log
 from bitplan.runtimes.statistics import Captured
 from bitplan.runtimes.swap import Assignment, Weights, original
+from bitplan.tensors import Tensor
 
 Tokens = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
@@ -45,6 +46,9 @@ def scored(ctx: int) -> slice:
 
 class LlamaModel:
     """An open GGUF model. Use as a context manager; not shared between threads."""
+
+    is_classifier = False
+    label_names: Mapping[str, int] = {}
 
     def __init__(
         self,
@@ -136,6 +140,10 @@ class LlamaModel:
     # --- what is in it ---------------------------------------------------------------------
 
     @property
+    def tensors(self) -> Sequence[Tensor]:
+        return self.header.tensors
+
+    @property
     def engine(self) -> str:
         return engine_version()
 
@@ -183,6 +191,9 @@ class LlamaModel:
         if count < 0:
             raise RuntimeFailure(f"{self.path}: its tokenizer failed on this text.")
         return out[:count].copy()
+
+    def encode(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
+        raise RuntimeFailure(f"{self.path}: is no classifier; it has text, not examples.")
 
     def text_bytes(self, tokens: Tokens) -> int:
         """Bytes of text that these tokens stand for; special tokens stand for none."""
@@ -263,6 +274,11 @@ class LlamaModel:
                 self._decode(context, np.zeros((1, 2), np.int32), first_output=0)
             self._weights = Weights(self.header, finder.found, self.threads)
         return self._weights
+
+    def unreached(self) -> list[str]:
+        """Tensors of units that a plain run of the model does not touch."""
+        there = self.weights.names()
+        return [t.name for u in self.units() for t in u.tensors if t.name not in there]
 
     @contextlib.contextmanager
     def rounded(

@@ -86,6 +86,10 @@ class Subject(Protocol):
         """Every quantizable tensor in one format, fallbacks applied."""
         ...
 
+    def check_removal(self, layers: Sequence[int]) -> None:
+        """Raises UsageError where leaving out these layers is not known to be exact."""
+        ...
+
     def importances(self, scorer: str, low: str, seed: int = 0) -> dict[int, float]:
         """Layer -> how much it is worth protecting: the scorer's own importance, or its damage
         in the format `low`."""

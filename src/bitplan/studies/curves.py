@@ -22,7 +22,7 @@ from bitplan.errors import UsageError
 from bitplan.metrics import mean
 from bitplan.results import Finding
 from bitplan.studies import Case, Subject, difference, less_lost
-from bitplan.units import padded
+from bitplan.units import tensor_bytes
 
 Floats = npt.NDArray[np.float64]
 
@@ -114,8 +114,7 @@ def average_bits(
         weights += unit.weights
         if unit.layer not in removed:
             stored_bytes += sum(
-                formats.nbytes(formats.get(types.get(t.name, t.fmt.name)), t.shape)
-                for t in unit.tensors
+                tensor_bytes(t, types.get(t.name, t.fmt.name)) for t in unit.tensors
             )
     return 8 * stored_bytes / weights
 
@@ -123,11 +122,7 @@ def average_bits(
 def nbytes(subject: Subject, types: Mapping[str, str]) -> int:
     """Bytes of all tensors that can change format, padded as in the file. The rest of the file is
     the same for all variants, so what is no larger here is no larger there."""
-    return sum(
-        padded(formats.nbytes(formats.get(types.get(t.name, t.fmt.name)), t.shape))
-        for unit in subject.units
-        for t in unit.tensors
-    )
+    return sum(unit.stored(types) for unit in subject.units)
 
 
 def case_bits(subject: Subject, case: Case) -> float:

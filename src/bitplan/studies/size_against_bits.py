@@ -130,7 +130,7 @@ def contest(cases: Cases) -> Contest:
     names = [m.subject.facts.name for m in cases.models]
     if names[0] == names[1]:
         names = [
-            f"{n} ({human(m.subject.header.weights).removesuffix('B').strip()} weights)"
+            f"{n} ({human(m.subject.facts.weights).removesuffix('B').strip()} weights)"
             for n, m in zip(names, cases.models, strict=True)
         ]
     one, other = (Side(m, n) for m, n in zip(cases.models, names, strict=True))
@@ -275,7 +275,7 @@ def _difference(found: Contest) -> list[Chart]:
 
 def _notes(found: Contest, options: Options) -> list[str]:
     notes = [
-        f"{side.name}: {side.measured.subject.header.weights:,} weights,"
+        f"{side.name}: {side.measured.subject.facts.weights:,} weights,"
         f" {side.measured.reference.tokens.nll.size:,} scored tokens that stand for"
         f" {side.measured.scored_bytes:,} bytes of text."
         for side in (found.one, found.other)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import Field
 
-from bitplan import removal
 from bitplan.artifacts import Record
 from bitplan.budget import human
 from bitplan.errors import UsageError
@@ -51,7 +50,7 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
     if len(subject.layers) < 2:
         raise UsageError("the model has a single layer: none can be removed.")
     curves.known(options.high, options.low, options.outside)
-    removal.check(subject.header, subject.layers[1:])
+    subject.check_removal(subject.layers[1:])
     found = []
     for order in curves.orders(options.orders):
         ranked = curves.ranking(subject.importances(order, options.low))

@@ -1,0 +1,158 @@
+"""A Hugging Face folder (or a GGUF file that PyTorch is to run) as a source of studies.
+
+Units come from the architecture without weights, so nothing is loaded before `open`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitplan import checkpoint, formats, gguf_file, identity, preflight, units
+from bitplan.artifacts import ModelFacts
+from bitplan.checkpoint import Checkpoint
+from bitplan.errors import RuntimeFailure, UsageError
+from bitplan.imatrix import Imatrix
+from bitplan.runtimes import Runtime
+from bitplan.setting import Setting
+from bitplan.tensors import Tensor
+from bitplan.units import Grouping, Unit
+
+if TYPE_CHECKING:
+    from bitplan.runtimes.hf.layout import Layout
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass
+class HfSource:
+    """See `sources.Source`."""
+
+    path: Path
+    setting: Setting
+    has_presets = False
+
+    def __post_init__(self) -> None:
+        _check_installed()
+        if self.setting.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.setting.dtype}: choose from {', '.join(DTYPES)}.")
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return checkpoint.read(self.path)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Blocks and weights; a GGUF file is opened for it, a folder is not."""
+        from bitplan.runtimes.hf import layout, opening
+
+        if self._is_gguf:
+            with self._opened as model:
+                found: Layout = model.layout
+                return found
+        bare = opening.skeleton(self.checkpoint, trust=self.setting.trust_remote_code)
+        return layout.find(bare, bare.config, self.path)
+
+    @property
+    def _is_gguf(self) -> bool:
+        return not self.path.is_dir()
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        return identity.model_facts(gguf_file.read(self.path) if self._is_gguf else self.checkpoint)
+
+    @property
+    def nbytes(self) -> int:
+        return gguf_file.read(self.path).size if self._is_gguf else self.checkpoint.size
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return [w.tensor for w in self.layout.weights.values()]
+
+    def units(self, grouping: Grouping = "tensor") -> list[Unit]:
+        return self.layout.units(grouping)
+
+    def base(self, name: str, matrix: Callable[[], Path | None]) -> dict[str, str]:
+        """One format everywhere. Raises UnknownNameError."""
+        formats.get(name)
+        return units.everywhere(self.units(), name)
+
+    def size(self, types: Mapping[str, str], removed: Collection[int]) -> tuple[int, int]:
+        """Bytes of the model so stored: tensors' data exact, metadata as the reference has it."""
+        found = self.units()
+        own = sum(t.nbytes for u in found for t in u.tensors)
+        left = [u for u in found if u.layer not in removed]
+        data = sum(u.stored(types) for u in left)
+        gone = self._others(removed)
+        rest = sum(t.nbytes for t in self._on_disk) - own
+        return self.nbytes - own + data - gone, rest + data - gone
+
+    @property
+    def _on_disk(self) -> Sequence[Tensor]:
+        return gguf_file.read(self.path).tensors if self._is_gguf else self.checkpoint.tensors
+
+    def _others(self, removed: Collection[int]) -> int:
+        """Bytes of norms and biases of layers that are left out."""
+        if not removed or self._is_gguf:
+            return 0
+        own = {t.name for u in self.units() for t in u.tensors}
+        parts = [f"{self.layout.block(i).split('.', 1)[-1]}." for i in removed]
+        return sum(
+            t.nbytes for t in self.checkpoint.tensors
+            if t.name not in own and any(p in t.name for p in parts)
+        )  # fmt: skip
+
+    def check(self) -> None:
+        preflight.check_memory(
+            self.path, self.nbytes, "use a machine with more, or a smaller model"
+        )
+
+    def check_removal(self, layers: Collection[int]) -> None:
+        """A block that is passed by adds nothing, whatever it is made of; one must stay."""
+        there = range(self.layout.count)
+        absent = sorted(set(layers) - set(there))
+        if absent:
+            raise UsageError(f"{self.path}: has no layer {absent[0]} to remove.")
+        if len(set(layers)) == len(there):
+            raise UsageError(f"{self.path}: all {len(there)} layers would be removed; keep one.")
+
+    def silenced(self, layers: Collection[int]) -> tuple[str, ...]:
+        self.check_removal(layers)
+        return tuple(self.layout.block(i) for i in sorted(layers))
+
+    def check_importance(self, types: Mapping[str, str], matrix: Imatrix | None) -> None:
+        if any(formats.get(f).needs_imatrix for f in types.values()):
+            from bitplan.writers import gguf
+
+            gguf.check_importance(types, matrix)
+
+    def open(self) -> Runtime:
+        model: Runtime = self._opened
+        return model
+
+    @property
+    def _opened(self) -> Any:
+        import torch
+
+        from bitplan.runtimes.hf import HfModel
+
+        s = self.setting
+        dtype = None if s.dtype == "auto" else getattr(torch, s.dtype)
+        return HfModel(
+            self.path, ctx=s.ctx, threads=s.threads, device=s.device, dtype=dtype,
+            trust=s.trust_remote_code,
+        )  # fmt: skip
+
+
+def _check_installed() -> None:
+    import importlib.util
+
+    missing = [m for m in ("torch", "transformers") if importlib.util.find_spec(m) is None]
+    if missing:
+        raise RuntimeFailure(
+            f"safetensors models are run by {' and '.join(missing)}, which is not installed here;"
+            " run `pip install 'bitplan[hf]'`."
+        )
