@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from bitplan.artifacts import Measurement
 from bitplan.divergence import Floats
@@ -30,6 +31,24 @@ class Tokens:
     """1 where the most likely token is the reference's."""
     right: Floats | None = None
     """1 where the most likely token, or label, is the true one."""
+
+    @property
+    def by_example(self) -> bool:
+        """Whether these are a classifier's: one scored position for each row, which is an example.
+
+        The one rule, everywhere. A decoder's windows, of 16 tokens or more, have several.
+        """
+        return self.nll.ndim == 2 and self.nll.shape[1] == 1
+
+    @property
+    def unit(self) -> str:
+        """What `nll` and `kl` are counted in."""
+        return "nats/example" if self.by_example else "nats/token"
+
+    @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """Where the true token or label is known, [windows, scored positions]."""
+        return ~np.isnan(self.nll)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ _QUANTILES = {"kl_median": 50.0, "kl_p90": 90.0, "kl_p99": 99.0, "kl_p999": 99.9
 
 
 def measure(case: Case) -> list[Measurement]:
-    """Nats per token; agreement as a share. Nothing for the reference itself."""
+    """Nats per token, or example; agreement as a share. Nothing for the reference itself."""
     if case.is_reference:
         return []
-    values, n, unit = case.own.kl, case.own.kl.size, "nats/token"
+    values, n, unit = case.own.kl, case.own.kl.size, case.own.unit
     average, error = mean(values)
     agreement, agreement_error = mean(case.own.same_top)
     return [
