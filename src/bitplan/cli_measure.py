@@ -33,8 +33,7 @@ def run(
     scorers.get(wanted.scorer)
     with Subject(path, out, setting, progress) as subject:
         presets = subject.source.has_presets
-        default = formats.DEFAULT if presets else formats.DEFAULT_HF
-        row = options.candidates(wanted.formats, not setting.no_imatrix, default)
+        row = options.candidates(wanted.formats, not setting.no_imatrix, presets)
         probes = formats.parse(wanted.probes) if wanted.probes else ()
         settings = measure.Settings(
             row, wanted.scorer, wanted.grouping, probes, wanted.full, setting.seed

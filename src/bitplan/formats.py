@@ -8,11 +8,11 @@ Hugging Face world are read from their names and computed (`schemes`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bitplan import schemes
-from bitplan.errors import UnknownNameError
+from bitplan.errors import UnknownNameError, UsageError
 from bitplan.schemes import Scheme
 
 
@@ -155,3 +155,13 @@ def nbytes(fmt: Format, shape: Sequence[int], scale_bytes: int = 2) -> int:
     if shape[-1] % fmt.block:
         raise ValueError(f"rows of {shape[-1]} do not divide by {fmt.name}'s block {fmt.block}")
     return math.prod(shape) // fmt.block * fmt.block_bytes
+
+
+def check_gguf(names: Iterable[str]) -> None:
+    """Raises UsageError for a format that no GGUF file can hold."""
+    for name in names:
+        if get(name).scheme:
+            raise UsageError(
+                f"{name} is no type of GGUF files; choose one of theirs (such as q4_k), or measure"
+                " the model in PyTorch with --runtime hf."
+            )

@@ -160,8 +160,12 @@ def _refuse_overlaps(head: Header) -> None:
 
 def _shards(path: Path) -> list[Path]:
     if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise ModelFileError(f"{path}: {what}; name a .gguf file.")
+        if path.is_dir():
+            raise ModelFileError(
+                f"{path}: is a folder, and this takes a .gguf file; of a Hugging Face model, make"
+                " one with llama.cpp's convert_hf_to_gguf.py."
+            )
+        raise ModelFileError(f"{path}: does not exist; name a .gguf file.")
     match = _SHARD.search(path.name)
     if not match:
         return [path]

@@ -185,14 +185,15 @@ def _files(sources: Sequence[str] | None) -> list[str]:
     return [s if s in _PARTED else str(Path(s).resolve()) for s in sources or ["builtin"]]
 
 
-def candidates(
-    names: str, with_imatrix: bool, default: Sequence[str] = formats.DEFAULT
-) -> list[Format]:
-    """The candidate formats. Raises ImatrixError for those that need a matrix there is none of.
+def candidates(names: str, with_imatrix: bool, gguf: bool = True) -> list[Format]:
+    """The candidate formats. gguf: for a GGUF file, whose types alone it can hold.
 
-    default: what `default` stands for.
+    Raises ImatrixError for those that need a matrix there is none of, UsageError for integers of
+    other files.
     """
-    wanted = formats.parse(names, default)
+    wanted = formats.parse(names, formats.DEFAULT if gguf else formats.DEFAULT_HF)
+    if gguf:
+        formats.check_gguf(f.name for f in wanted)
     needy = [f.name for f in wanted if f.needs_imatrix]
     if needy and not with_imatrix:
         if names in ("default", "all"):

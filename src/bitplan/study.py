@@ -26,7 +26,7 @@ from bitplan.reporting.wording import ranges
 from bitplan.results import Mix, Results, VariantFacts
 from bitplan.studies import Case, Cases, Measured, Variant
 from bitplan.subject import Subject
-from bitplan.units import layer_and_role
+from bitplan.units import place_of
 from bitplan.writers import gguf
 
 Progress = Callable[[str, int, int], None]
@@ -137,7 +137,7 @@ def _check(subject: Subject, rows: Sequence[Listed], files: bool) -> None:
         preflight.check_disk(subject.out, max(row.bytes for row in rows))
     for row in rows:
         types = _kept(subject, row.variant)
-        subject.source.check_importance(types, subject.imatrix_for(types.values()))
+        subject.source.check_types(types, subject.imatrix_for(types.values()))
 
 
 def _measured(
@@ -296,7 +296,7 @@ def mixes(variant: Variant) -> list[Mix]:
     """Formats by role, for groups of layers that are stored alike."""
     layers: dict[int | None, dict[str, str]] = {}
     for tensor, fmt in variant.types.items():
-        layer, role = layer_and_role(tensor)
+        layer, role = place_of(tensor)
         if layer not in variant.removed:
             layers.setdefault(layer, {})[role] = fmt
     groups: dict[str, tuple[list[int], dict[str, str]]] = {}

@@ -181,7 +181,8 @@ class Subject:
 
         Raises ImatrixError, and TextError also for the evaluation text, before anything is run.
         """
-        wanted = options.candidates(formats.get(low).name, with_imatrix=not self.setting.no_imatrix)
+        matrix, gguf = not self.setting.no_imatrix, self.source.has_presets
+        wanted = options.candidates(formats.get(low).name, matrix, gguf)
         settings = measure.Settings(wanted, scorer, "layer", wanted, seed=seed)
         windows, _ = self.calibration, self.held_out
         folder = self.out / "scores" / f"{scorer.replace(':', '-')}-{low}-{seed}"

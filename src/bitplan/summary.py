@@ -14,7 +14,7 @@ from bitplan.artifacts import Candidate, Evaluation, Plan, Sensitivity
 from bitplan.budget import human
 from bitplan.reporting import heatmaps, verdict
 from bitplan.reporting.wording import measurement, percent, plain, sig, with_error
-from bitplan.units import layer_and_role
+from bitplan.units import place_of
 
 WIDTH = 80
 NAME, BAR, CELLS = 18, 20, 40
@@ -67,7 +67,7 @@ def of_plan(plan: Plan) -> str:
     roles: dict[str, list[tuple[int | None, float]]] = {}
     for tensor, fmt in stored.items():
         counts[fmt.name] = counts.get(fmt.name, 0) + 1
-        layer, role = layer_and_role(tensor)
+        layer, role = place_of(tensor)
         roles.setdefault(role, []).append((layer, fmt.bits))
     low, high = min(f.bits for f in stored.values()), max(f.bits for f in stored.values())
     average = {role: sum(b for _, b in cells) / len(cells) for role, cells in roles.items()}

@@ -21,6 +21,7 @@ from bitplan.tensors import Tensor
 Grouping = Literal["tensor", "module", "layer"]
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.(.+)\.weight$")
+_NUMBERED = re.compile(r"^[a-z_]\w*(?:\.[a-z_]\w*)*?\.(\d+)\.(.+?)(?:\.weight)?$")
 # What llama_model_quantize leaves alone whatever one asks for (its tensor_allows_quantization).
 _NEVER = (
     "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel",
@@ -105,11 +106,19 @@ def quantizable(tensor: Tensor) -> bool:
 
 
 def layer_and_role(name: str) -> tuple[int | None, str]:
-    """`blk.3.attn_q.weight` -> (3, 'attn_q'); `token_embd.weight` -> (None, 'token_embd')."""
+    """Of a GGUF tensor: `blk.3.attn_q.weight` -> (3, 'attn_q'); `token_embd.weight` -> (None,
+    'token_embd')."""
     match = _BLOCK.match(name)
     if match:
         return int(match[1]), match[2]
     return None, name.removesuffix(".weight")
+
+
+def place_of(name: str) -> tuple[int | None, str]:
+    """The same for people, of any model: `model.layers.3.mlp.up_proj.weight` -> (3,
+    'mlp.up_proj')."""
+    match = None if _BLOCK.match(name) else _NUMBERED.match(name)
+    return (int(match[1]), match[2]) if match else layer_and_role(name)
 
 
 def module_of(role: str) -> str:

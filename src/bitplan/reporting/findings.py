@@ -27,7 +27,7 @@ from bitplan.errors import ArtifactError
 from bitplan.reporting import verdict
 from bitplan.reporting.verdict import Verdict
 from bitplan.reporting.wording import ranges
-from bitplan.units import layer_and_role
+from bitplan.units import place_of
 
 NOT_QUANTIZED = "not quantized"
 AROUND = (0.8, 0.9, 0.95, 1.05, 1.1, 1.25)
@@ -153,7 +153,7 @@ def stored(plan: Plan, sensitivity: Sensitivity | None) -> list[Stored]:
         cells = {(s.unit, s.format): s for s in sensitivity.scores}
         places = {u.name: (u.layer, u.role) for u in sensitivity.units if u.name in plan.formats}
     for name in plan.formats:
-        places.setdefault(name, layer_and_role(f"{name}.weight"))
+        places.setdefault(name, place_of(f"{name}.weight"))
     rows = []
     for name, (layer, role) in places.items():
         fmt = plan.formats[name]

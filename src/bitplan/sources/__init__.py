@@ -69,8 +69,8 @@ class Source(Protocol):
         """What a runtime holds as None (zeros, or a block passed by) so that they do nothing."""
         ...
 
-    def check_importance(self, types: Mapping[str, str], matrix: Imatrix | None) -> None:
-        """Raises ImatrixError for a format that cannot be had without."""
+    def check_types(self, types: Mapping[str, str], matrix: Imatrix | None) -> None:
+        """Raises UsageError for a format that it cannot have, ImatrixError without a matrix."""
         ...
 
     def open(self) -> Runtime:

@@ -96,7 +96,8 @@ class GgufSource:
     def silenced(self, layers: Collection[int]) -> tuple[str, ...]:
         return removal.zeroed(self.header, layers) if layers else ()
 
-    def check_importance(self, types: Mapping[str, str], matrix: Imatrix | None) -> None:
+    def check_types(self, types: Mapping[str, str], matrix: Imatrix | None) -> None:
+        formats.check_gguf(set(types.values()))
         gguf.check_importance(types, matrix)
 
     def open(self) -> Runtime:

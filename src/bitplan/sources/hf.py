@@ -106,6 +106,9 @@ class HfSource:
         )  # fmt: skip
 
     def check(self) -> None:
+        """Also that no weight is NaN or infinite: one would spoil every figure after hours."""
+        if not self._is_gguf:
+            checkpoint.check_finite(self.checkpoint)
         preflight.check_memory(
             self.path, self.nbytes, "use a machine with more, or a smaller model"
         )
@@ -123,7 +126,7 @@ class HfSource:
         self.check_removal(layers)
         return tuple(self.layout.block(i) for i in sorted(layers))
 
-    def check_importance(self, types: Mapping[str, str], matrix: Imatrix | None) -> None:
+    def check_types(self, types: Mapping[str, str], matrix: Imatrix | None) -> None:
         if any(formats.get(f).needs_imatrix for f in types.values()):
             from bitplan.writers import gguf
 
