@@ -63,16 +63,16 @@ class Weights:
             self._replace(name, fmt, importance.get(name))
 
     def _replace(self, name: str, fmt: Format | None, importance: Array | None) -> None:
-        target = self.parameter(name)
-        if name not in self._originals:
-            self._originals[name] = target.clone()
-        self._held[name] = (fmt, importance)
+        """Rounds before it changes anything: where that fails, all is as it was."""
+        own = self.original(name).contiguous()
         if fmt is None:
-            target.zero_()
+            values = torch.zeros_like(own)
         else:
-            target.copy_(
-                rounding.rounded(self._originals[name].contiguous(), fmt, importance, self._threads)
-            )
+            values = rounding.rounded(own, fmt, importance, self._threads)
+        if name not in self._originals:
+            self._originals[name] = own.clone()
+        self.parameter(name).copy_(values)
+        self._held[name] = (fmt, importance)
 
     def _source(self, name: str) -> Format:
         return self._weight(name).tensor.fmt
