@@ -5,22 +5,18 @@ Fetching is tested with the hub's real client, against a small server that answe
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from bitplan import checkpoint, demo, hub
 from bitplan.errors import ModelFileError, UsageError
 from checkpoints import arrays, described, packed, save
+from hub_server import COMMIT, OLD, Hub, serving
 
 
 def test_paths_stay_what_they_are(tmp_path: Path) -> None:
@@ -139,7 +135,6 @@ def test_an_unknown_repository_is_told(tmp_path: Path) -> None:
     assert "is no file here, and fetching it" in offline("no/such", tmp_path).stderr
 
 
-COMMIT, OLD = "c" * 40, "0" * 40
 TOKENIZER = {"config.json": b"{}", "tokenizer.json": b"[]", "tokenizer.model": b"t"}
 CODE = {"modeling_x.py": b"boom", "pytorch_model.bin": b"pickle", "onnx/config.json": b"{}"}
 WEIGHTS = packed(*described(arrays()))
@@ -150,62 +145,11 @@ REPOSITORIES = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The part of the hub's protocol that listing and fetching files take."""
-
-    fetched: list[str]
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def answer(self, body: bool) -> None:
-        parts = self.path.partition("?")[0].strip("/").split("/")
-        api = parts[0] == "api"
-        repo = "/".join(parts[2:4] if api else parts[:2])
-        files = REPOSITORIES.get(repo)
-        commit = OLD if "v1" in parts or OLD in parts else COMMIT
-        if files is None:
-            return self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
-        if not api:
-            name = "/".join(parts[4:])
-            if body:
-                self.fetched.append(name)
-            data = files[name]
-            tag = f'"{hashlib.sha256(data).hexdigest()}"'
-            return self.send(200, data, {"ETag": tag, "X-Repo-Commit": commit}, body)
-        told: Any = {"id": repo, "sha": commit, "siblings": [{"rfilename": f} for f in files]}
-        if "tree" in parts:
-            told = [
-                {"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
-                for f, d in files.items()
-            ]
-        return self.send(200, json.dumps(told).encode(), {}, body)
-
-    def send(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-
 @pytest.fixture
 def server() -> Iterator[str]:
     """The address of a hub with the repositories above; `Hub.fetched` has what was asked for."""
-    Hub.fetched = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-        thread.join()
+    with serving(REPOSITORIES) as address:
+        yield address
 
 
 def test_a_checkpoint_is_fetched_without_pickles_and_code(server: str, tmp_path: Path) -> None:
