@@ -82,7 +82,7 @@ def windows(
     every = [e for s in sources for e in _mixed(load([s], label_names, purpose, words))]
     taken = _taken(every[skip:], count, source, labelled)
     ids = encode([e.text for e in taken])
-    rows = _rows(ids, [e.label for e in taken])
+    rows = as_rows(ids, [e.label for e in taken])
     digest = hashlib.sha256(rows.tobytes()).hexdigest()
     facts = TextFacts(source=source, sha256=digest, ctx=ctx, windows=len(rows))
     nbytes = sum(len("".join(e.text).encode()) for e in taken)
@@ -108,7 +108,7 @@ def _taken(left: Sequence[Example], count: int, source: str, labelled: bool) -> 
     return taken
 
 
-def _rows(ids: Sequence[Sequence[int]], labels: Sequence[int]) -> npt.NDArray[np.int32]:
+def as_rows(ids: Sequence[Sequence[int]], labels: Sequence[int]) -> npt.NDArray[np.int32]:
     rows = np.full((len(ids), 1 + max(map(len, ids))), -1, np.int32)
     for row, tokens, label in zip(rows, ids, labels, strict=True):
         row[0], row[1 : 1 + len(tokens)] = label, tokens

@@ -40,3 +40,13 @@ def padded(rows: Rows, pad: int) -> tuple[Ids, Ids]:
     there = mask(rows)
     ids = rows[:, 1 : 1 + there.shape[1]].astype(np.int64)
     return np.where(there > 0, ids, pad), there
+
+
+def segments(ids: Ids, mask: Ids, separator: int) -> Ids:
+    """[n, longest]: 0 up to the first separator, 1 after it, for models that tell two texts apart.
+
+    BERT's way, `[CLS] one [SEP] other [SEP]`; 0 on padding. Rows need not keep what follows from
+    their tokens.
+    """
+    ends = ids == separator
+    return np.asarray((ends.cumsum(axis=1) > ends) & (mask > 0), np.int64)
