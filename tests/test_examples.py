@@ -339,9 +339,26 @@ def test_files_of_a_split() -> None:
     with pytest.raises(TextError, match=r"\(files: none\)"):
         choose("train", config="other")
     listed += ["more/train.csv"]
-    with pytest.raises(TextError, match=r"'train' in several folders \(data, more\)"):
+    with pytest.raises(TextError, match=r"several of 'train' \(data/train, more/train\)"):
         choose("train")
     assert choose("train", config="more") == ["more/train.csv"]
+
+
+def test_splits_by_other_names() -> None:
+    matched = [f"mnli/validation_{m}-00000-of-00001.parquet" for m in ("matched", "mismatched")]
+    converted = [f"sst2/{s}/000{i}.parquet" for s in ("train", "validation") for i in range(2)]
+    old = ["train-00000-of-00001-b9f022a8492442e4.parquet", "sst_dev.tsv", "x.train.csv"]
+
+    def choose(listed: list[str], split: str) -> list[str]:
+        return hub_data.choose(listed, "", (split,), "here")
+
+    assert choose(matched, "validation_matched") == matched[:1]
+    with pytest.raises(TextError, match=r"mnli/validation_matched, mnli/validation_mismatched"):
+        choose(matched, "validation")
+    assert choose(converted, "validation") == converted[2:]
+    assert choose(old, "train") == old[:1]  # its very name goes before a longer one
+    assert choose(old, "dev") == ["sst_dev.tsv"]
+    assert choose(old[1:], "train") == ["x.train.csv"]
 
 
 def fetched(name: str, purpose: str, cache: Path, **settings: str) -> list[str]:

@@ -20,6 +20,7 @@ from bitplan.errors import BitplanError, TextError, UsageError
 PREFIX = "hub:"
 
 _NAME = re.compile(r"hub:([\w.-]+)/([\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?(?::([\w.-]+))?")
+_SHARD = re.compile(r"-\d+-of-\d+.*$")
 _GLUE = "nyu-mll/glue"
 _SPLITS: dict[Part, tuple[str, ...]] = {
     "training": ("train",),
@@ -85,13 +86,14 @@ def choose(listed: Sequence[str], config: str, splits: Sequence[str], where: str
     if config:
         data = [f for f in data if config in f.split("/")[:-1]]
     for split in splits:
-        word = re.compile(rf"(^|[/_.-]){re.escape(split)}[_.-][^/]*$")
-        found = [f for f in data if word.search(f)]
-        folders = sorted({f.rpartition("/")[0] for f in found})
-        if len(folders) > 1:
+        word = re.compile(rf"(.*[_.-])?{re.escape(split)}([_.-].*)?")
+        like = [f for f in data if word.fullmatch(_place(f)[1])]
+        found = [f for f in like if _place(f)[1] == split] or like
+        places = sorted({"/".join(_place(f)).lstrip("/") for f in found})
+        if len(places) > 1:
             raise TextError(
-                f"{where}: has {split!r} in several folders ({', '.join(folders[:6])}); name one,"
-                " as in hub:OWNER/NAME/CONFIG."
+                f"{where}: has several of {split!r} ({', '.join(places[:6])}); name one, as in"
+                " hub:OWNER/NAME/CONFIG:SPLIT."
             )
         if found:  # the same data may lie there in several forms
             kind = Path(found[0]).suffix
@@ -100,6 +102,16 @@ def choose(listed: Sequence[str], config: str, splits: Sequence[str], where: str
         f"{where}: has no TSV, CSV, JSON-lines or parquet file of {' or '.join(splits)} (files:"
         f" {', '.join(data[:6]) or 'none'}); name another split with :SPLIT."
     )
+
+
+def _place(file: str) -> tuple[str, str]:
+    """Folder and split of a file, which may be a numbered part: `a/train-00000-of-00002.parquet`
+    and `a/train/0000.parquet` are both `train` in `a`."""
+    folder, _, name = file.rpartition("/")
+    split = _SHARD.sub("", name.rpartition(".")[0])
+    if split.isdigit():
+        folder, _, split = folder.rpartition("/")
+    return folder, split
 
 
 def _fetched(wanted: Name, splits: Sequence[str]) -> list[Path]:
