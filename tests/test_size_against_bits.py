@@ -19,6 +19,7 @@ from bitplan.setting import Setting
 from bitplan.studies import Cases, Measured, equal_bytes
 from bitplan.studies import size_against_bits as sab
 from bitplan.studies.size_against_bits import Options
+from bitplan.studies.size_against_bits.contest import Side
 from bitplan.subject import Subject
 from bitplan.writers import gguf
 from planted import TOKENS, Level, measured, ranked
@@ -53,7 +54,7 @@ def test_each_model_has_its_own_formats(twelve_layers: Path) -> None:
 
 def test_bits_per_byte_are_those_of_the_text(twelve_layers: Path) -> None:
     one = side(twelve_layers, 0, lambda _: 0.5)
-    found = sab.Side(one, "one")
+    found = Side(one, "one")
     value, error = found.bits(found.curve[0])
     nll = found.curve[0].tokens.nll
     assert one.scored_bytes == 3 * TOKENS

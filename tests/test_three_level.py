@@ -17,6 +17,7 @@ from bitplan.subject import Subject
 from planted_layers import Cost, Planted, cases
 
 IMPORTANCE = {layer: float((5 * layer) % 12) for layer in range(12)}
+NAMED = Options(high="q8_0", middle="q4_k", low="q2_k")
 RANKED = sorted(IMPORTANCE, key=lambda layer: IMPORTANCE[layer])
 
 
@@ -75,11 +76,11 @@ def test_an_exact_fit_counts_as_a_fit(twelve_layers: Path, tmp_path: Path) -> No
 
 
 def test_every_layer_has_one_format() -> None:
-    for splits in three_level.families(7, Options()).values():
+    for splits in three_level.families(7, NAMED).values():
         for split in splits:
             assert split.high + split.middle + split.low == 7
-            assert sorted(split.formats(range(7), Options())) == list(range(7))
-    assert Split(1, 0, 2).formats([5, 6, 7], Options()) == {5: "q2_k", 6: "q2_k", 7: "q8_0"}
+            assert sorted(split.formats(range(7), NAMED)) == list(range(7))
+    assert Split(1, 0, 2).formats([5, 6, 7], NAMED) == {5: "q2_k", 6: "q2_k", 7: "q8_0"}
 
 
 def test_three_layers_are_too_few(twelve_layers: Path, tmp_path: Path) -> None:

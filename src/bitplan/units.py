@@ -56,12 +56,16 @@ class Unit:
         """Number of weights; of all experts for a 3-D tensor."""
         return sum(math.prod(t.shape) for t in self.tensors)
 
+    def keeps(self, fmt: Format) -> bool:
+        """Whether it stays as it is where this format is asked for."""
+        return self.is_embedding and fmt.scheme is not None
+
     def types(self, fmt: Format) -> dict[str, Format]:
         """Tensor -> format really stored: `fmt`, or its fallback where rows do not divide.
 
         An embedding keeps its own where `fmt` is for linear layers alone.
         """
-        if self.is_embedding and fmt.scheme:
+        if self.keeps(fmt):
             return {t.name: t.fmt for t in self.tensors}
         return {t.name: formats.fitting(fmt, t.shape[-1]) for t in self.tensors}
 
@@ -185,7 +189,7 @@ def candidates(unit: Unit, wanted: Iterable[Format]) -> list[Format]:
     found: dict[str, Format] = {}
     for fmt in wanted:
         stored = formats.fitting(fmt, next(iter(row))) if len(row) == 1 else fmt
-        if unit.is_embedding and stored.scheme:
+        if unit.keeps(stored):
             continue
         if stored.bits <= source:
             found[stored.name] = stored

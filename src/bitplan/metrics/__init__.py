@@ -46,6 +46,11 @@ class Tokens:
         return "nats/example" if self.by_example else "nats/token"
 
     @property
+    def per(self) -> str:
+        """The same in words: `nats per token`."""
+        return self.unit.replace("/", " per ")
+
+    @property
     def known(self) -> npt.NDArray[np.bool_]:
         """Where the true token or label is known, [windows, scored positions]."""
         return ~np.isnan(self.nll)

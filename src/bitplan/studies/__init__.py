@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bitplan.artifacts import Measurement, ModelFacts, Record, TextFacts
+from bitplan.divergence import Floats
 from bitplan.errors import UnknownNameError
 from bitplan.gguf_file import Header
 from bitplan.metrics import Tokens, mean, tokenwise, told
@@ -48,6 +49,11 @@ class Subject(Protocol):
 
     @property
     def header(self) -> Header: ...
+
+    @property
+    def has_presets(self) -> bool:
+        """Whether its formats are GGUF's."""
+        ...
 
     @property
     def units(self) -> list[Unit]:
@@ -136,6 +142,15 @@ class Case:
         """The figures to tell: of the written file where there is one."""
         return self.file_tokens or self.tokens
 
+    def each(self, metric: str) -> Floats:
+        """By token or example, [windows, scored positions]: `nll`, `kl`, or `wrong`, which is 1
+        where the most likely token, or label, is not the true one."""
+        if metric == "wrong":
+            assert self.own.right is not None  # every measured variant has it
+            return 1 - self.own.right
+        found: Floats = getattr(self.own, metric)
+        return found
+
     @property
     def title(self) -> str:
         """What people call it."""
@@ -153,7 +168,7 @@ class Case:
 
     @property
     def kl(self) -> tuple[float, float]:
-        """Mean KL from the reference and its standard error, nats per token."""
+        """Mean KL from the reference and its standard error, nats per token or example."""
         return mean(self.own.kl)
 
 
@@ -204,7 +219,7 @@ def names() -> list[str]:
     return sorted(n.replace("_", "-") for n in found if n not in _SHARED)
 
 
-_SHARED: tuple[str, ...] = ("chance", "curves", "equal_bytes", "ordered", "pictures")
+_SHARED: tuple[str, ...] = ("chance", "curves", "equal_bytes", "ordered", "pictures", "quality")
 """Files here that are no studies: what several of them share."""
 
 
@@ -218,9 +233,9 @@ def get(name: str) -> Study:
 def difference(one: Case, other: Case, metric: str = "nll") -> tuple[float, float]:
     """Mean of (one - other) over the same tokens, and its standard error (`metrics.mean`).
 
-    metric: `nll`, `kl`; nats per token.
+    metric: see `Case.each`; nats per token or example, or a share of them.
     """
-    return mean(getattr(one.own, metric) - getattr(other.own, metric))
+    return mean(one.each(metric) - other.each(metric))
 
 
 def change(one: Case, other: Case) -> tuple[float, float]:
@@ -232,27 +247,28 @@ def change(one: Case, other: Case) -> tuple[float, float]:
 def compared(title: str, one: Case, other: Case, metric: str = "kl") -> Finding:
     """Which of two variants loses less, with the paired error; or that nothing was measured."""
     what = "KL" if metric == "kl" else "negative log-likelihood"
-    return less_lost(title, one.title, other.title, difference(one, other, metric), what)
+    gap = difference(one, other, metric)
+    return less_lost(title, one.title, other.title, gap, what, one.own.unit)
 
 
-def less_lost(title: str, one: str, other: str, gap: tuple[float, float], what: str) -> Finding:
-    """The same for anything that is lost in nats per token.
+def less_lost(
+    title: str, one: str, other: str, gap: tuple[float, float], what: str, unit: str = "nats/token"
+) -> Finding:
+    """The same for anything that is lost, in nats per token unless a unit is given.
 
     one, other: their names. gap: (one - other) with its paired error. what: the measure, in words.
     """
     value, error = gap
+    per = unit.replace("/", " per ")
     better, worse = (one, other) if value < 0 else (other, one)
     shown = told(value, error)
     text = (
-        f"{better} loses less than {worse}: {what} lower by"
-        f" {with_error(abs(value), error)} nats per token."
+        f"{better} loses less than {worse}: {what} lower by {with_error(abs(value), error)} {per}."
         if shown
         else f"No difference measured between {one} and {other}: {what} differs by"
-        f" {with_error(value, error)} nats per token."
+        f" {with_error(value, error)} {per}."
     )
-    return Finding(
-        title=title, text=text, difference=value, stderr=error, unit="nats/token", shown=shown
-    )
+    return Finding(title=title, text=text, difference=value, stderr=error, unit=unit, shown=shown)
 
 
 __all__ = [

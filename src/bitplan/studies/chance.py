@@ -67,17 +67,21 @@ def limit(error: float, spread: float, count: int) -> float:
     return math.hypot(2 * error, float(orders))
 
 
-def against_random(title: str, name: str, own: Floats, random: Luck) -> Finding:
+def against_random(
+    title: str, name: str, own: Floats, random: Luck, unit: str = "nats/token"
+) -> Finding:
     """Whether an order does better than random ones do on average.
 
     Its `stderr` is half of what would be shown, so that "beyond two errors" means the same here.
+    unit: of what is lost, by token or example.
     """
+    per, each = unit.replace("/", " per "), unit.partition("/")[2]
     gap, error = mean(own - random.average)
-    facts = {"title": title, "difference": gap, "unit": "nats/token"}
+    facts = {"title": title, "difference": gap, "unit": unit}
     if random.distinct < 2:
         text = (
             f"Not known: one random order is no measure of chance. {name}'s mean KL over the curve"
-            f" differs from its by {with_error(gap, error)} nats per token."
+            f" differs from its by {with_error(gap, error)} {per}."
         )
         return Finding(**facts, text=text, stderr=error)  # type: ignore[arg-type]
     count, spread = len(random.means), random.spread
@@ -90,8 +94,8 @@ def against_random(title: str, name: str, own: Floats, random: Luck) -> Finding:
         else f"No difference measured between {name} and random orders"
     )
     text = (
-        f"{verdict}: mean KL over the curve {sig(gap)} nats per token against their mean; with"
-        f" {count} of them, spread ± {sig(spread, 2)} (tokens: ± {sig(error, 2)}), {sig(needed, 2)}"
+        f"{verdict}: mean KL over the curve {sig(gap)} {per} against their mean; with {count} of"
+        f" them, spread ± {sig(spread, 2)} ({each}s: ± {sig(error, 2)}), {sig(needed, 2)}"
         f" would be shown. It beats {beaten} of {count}."
     )
     if not shown:

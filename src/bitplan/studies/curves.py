@@ -1,36 +1,50 @@
-"""What studies of layers in an order share: the order, bits, retention, comparing whole curves.
+"""What studies of layers in an order share: the order, bits, what is kept, comparing whole curves.
 
 Importances, headers and measured tokens in, numbers and findings out; no model, no files. A curve
 is a list of cases, each with more layers in a low format (or left out) than the one before it.
 
 Order, average bits and the 90 % criterion: Variable Layerwise Quantization, sections 3.1 and 5.
-The paper's accuracy is replaced by what every text gives: retained = PPL(start) / PPL(variant).
+What is kept, of accuracy or of the inverse of perplexity, is in `quality`.
 Bits are counted from the bytes really stored, block scales included, not from the formats' names.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from bitplan import formats, scorers
+from bitplan.artifacts import Record
 from bitplan.errors import UsageError
 from bitplan.metrics import mean
 from bitplan.results import Finding
-from bitplan.studies import Case, Subject, difference, less_lost
+from bitplan.studies import Case, Subject, less_lost
 from bitplan.units import tensor_bytes
 
 Floats = npt.NDArray[np.float64]
 
-KEPT = 0.9
-"""The paper's criterion: nine tenths of what the model with all layers in the high format has."""
+Wanted = TypeVar("Wanted", bound=Record)
+
+GGUF = {2: "q2_k", 4: "q4_k", 8: "q8_0"}
+"""What bits mean in a GGUF file, unless a format is named."""
+QUANTO = {2: "qint2", 4: "qint4", 8: "qint8"}
+"""The same of other models: the formats of the paper (section 3.3.1)."""
 
 
-# --- orders -----------------------------------------------------------------------------------
+# --- formats and orders -----------------------------------------------------------------------
+
+
+def chosen(subject: Subject, options: Wanted, **bits: int) -> Wanted:
+    """A study's options with every format named: those left open have so many bits."""
+    names = GGUF if subject.has_presets else QUANTO
+    own = {key: names[n] for key, n in bits.items() if not getattr(options, key)}
+    return options.model_copy(update=own)
 
 
 def known(*names: str) -> None:
@@ -131,24 +145,37 @@ def case_bits(subject: Subject, case: Case) -> float:
 
 
 def fallbacks(subject: Subject, names: Collection[str]) -> list[str]:
-    """A sentence for each format that some tensors cannot take."""
+    """A sentence for each format that some tensors cannot take because of their rows."""
     found = []
-    for name in dict.fromkeys(names):
-        types = subject.everywhere(name)
-        others: dict[str, int] = {}
-        for fmt in types.values():
-            if fmt != name.lower():
-                others[fmt] = others.get(fmt, 0) + 1
+    for fmt in dict.fromkeys(map(formats.get, names)):
+        types = [t for u in subject.units if not u.keeps(fmt) for t in u.types(fmt).values()]
+        others = Counter(t.name for t in types if t != fmt)
         if others:
-            instead = ", ".join(f"{count} as {fmt}" for fmt, count in sorted(others.items()))
+            what = "group" if fmt.scheme else "block"
+            instead = ", ".join(f"{count} as {name}" for name, count in sorted(others.items()))
             found.append(
-                f"{name} does not fit {sum(others.values())} of {len(types)} tensors (their rows"
-                f" do not divide by its block): stored {instead}."
+                f"{fmt.name} does not fit {others.total()} of {len(types)} tensors (their rows"
+                f" do not divide by its {what}): stored {instead}."
             )
     return found
 
 
-# --- retention --------------------------------------------------------------------------------
+def around(subject: Subject, name: str) -> str:
+    """What is stored how outside the layers, when `name` is the format asked for there."""
+    fmt = formats.get(name)
+    outside = [u for u in subject.units if u.layer is None]
+    kept = [u for u in outside if u.keeps(fmt)]
+    if not kept:
+        return f"Embedding and output stay in {name} in every variant."
+    tied = " (it is the output too)" if subject.facts.tied else ""
+    own = ", ".join(sorted({t.fmt.name for u in kept for t in u.tensors}))
+    text = f"The embedding{tied} keeps its own {own} in every variant, because engines load"
+    text += f" {fmt.name} for linear layers only"
+    others = ", ".join(u.role for u in outside if u not in kept)
+    return f"{text}; {others}: {name}." if others else f"{text}."
+
+
+# --- what is kept -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -176,8 +203,8 @@ def crossing(
 ) -> Crossing:
     """Where `lost` first exceeds `limit`, linear between the points, from the first point on.
 
-    bits: falling. lost: log of the perplexity's ratio to the start (linear in nats), errors: of it,
-    paired. limit: `-log(KEPT)` for 90 %.
+    bits: falling. lost: against the start, errors: of it, paired. limit: of it, in the same unit
+    (`quality`).
     """
     values, spread = np.asarray(lost, float), np.asarray(errors, float)
     here = _first(bits, values, limit)
@@ -199,13 +226,6 @@ def _first(bits: Sequence[float], values: Floats, limit: float) -> float | None:
     return float(bits[before] + share * (bits[after] - bits[before]))
 
 
-def retention(subject: Subject, curve: Sequence[Case], kept: float = KEPT) -> Crossing:
-    """The bits down to which a curve keeps this share of its first point's inverse perplexity."""
-    gaps = [difference(case, curve[0]) for case in curve]
-    bits = [case_bits(subject, case) for case in curve]
-    return crossing(bits, [g for g, _ in gaps], [e for _, e in gaps], -math.log(kept))
-
-
 # --- whole curves -----------------------------------------------------------------------------
 
 
@@ -216,10 +236,10 @@ def averaged(bits: Sequence[float], curve: Sequence[Case], metric: str = "kl") -
     sum of token figures is a token figure, so differences of two curves can be paired.
     """
     if len(curve) == 1 or bits[0] == bits[-1]:
-        return np.mean([getattr(c.own, metric) for c in curve], axis=0)  # type: ignore[no-any-return]
+        return np.asarray(np.mean([c.each(metric) for c in curve], axis=0))
     total = np.zeros_like(curve[0].own.kl)
     for share, case in zip(trapezoids(bits), curve, strict=True):
-        total += share * getattr(case.own, metric)
+        total += share * case.each(metric)
     return total
 
 
@@ -230,9 +250,11 @@ def trapezoids(bits: Sequence[float]) -> Floats:
     return shares
 
 
-def against(title: str, name: str, own: Floats, other_name: str, other: Floats) -> Finding:
+def against(
+    title: str, name: str, own: Floats, other_name: str, other: Floats, unit: str = "nats/token"
+) -> Finding:
     """Which of two curves loses less on average, with the paired error of their mean KL."""
-    return less_lost(title, name, other_name, mean(own - other), "mean KL over the curve")
+    return less_lost(title, name, other_name, mean(own - other), "mean KL over the curve", unit)
 
 
 def order_text(layers: Sequence[int]) -> str:

@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 def at(curve: Sequence[Case], size: float, metric: str = "kl") -> Floats | None:
     """Token figures of a curve at a size, between its two nearest points; None beyond its ends.
 
-    curve: in any order; points of equal size must be equal.
+    curve: in any order; points of equal size must be equal. metric: see `Case.each`.
     """
     points = sorted(curve, key=lambda c: c.bytes)
     if not points or not points[0].bytes <= size <= points[-1].bytes:
@@ -36,10 +36,9 @@ def at(curve: Sequence[Case], size: float, metric: str = "kl") -> Floats | None:
     for below, above in itertools.pairwise(points):
         if below.bytes <= size <= above.bytes and below.bytes < above.bytes:
             share = (size - below.bytes) / (above.bytes - below.bytes)
-            values = (1 - share) * getattr(below.own, metric) + share * getattr(above.own, metric)
+            values = (1 - share) * below.each(metric) + share * above.each(metric)
             return values
-    values = getattr(points[0].own, metric)
-    return values
+    return points[0].each(metric)
 
 
 def not_larger(curve: Sequence[Case], size: int) -> Case | None:

@@ -6,7 +6,6 @@ the low one; random orders are also shown as their mean with the spread between 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +13,13 @@ from functools import cached_property
 import numpy as np
 
 from bitplan.budget import human
-from bitplan.metrics import mean
+from bitplan.metrics import Tokens, mean
 from bitplan.reporting.wording import sig, with_error
 from bitplan.results import Chart, Mark, Series, Table
-from bitplan.studies import Case, Measured, chance, curves, difference, pictures
+from bitplan.studies import Case, Measured, chance, curves, pictures
 from bitplan.studies.chance import Luck
 from bitplan.studies.curves import Crossing, Floats
+from bitplan.studies.quality import Quality
 
 RANDOM = "random"
 
@@ -36,11 +36,6 @@ class Curve:
     kl: Floats
     """Token by token, the mean over the curve."""
 
-    @property
-    def lost(self) -> list[tuple[float, float]]:
-        """Nats per token above the first point, with paired errors."""
-        return [difference(case, self.cases[0]) for case in self.cases]
-
 
 @dataclass(frozen=True)
 class Found:
@@ -51,7 +46,13 @@ class Found:
     high: str
     low: str
     kept: float
-    """Share of the first point's inverse perplexity that is wanted."""
+    """Share of the first point's quality that is wanted."""
+    quality: Quality
+
+    @property
+    def tokens(self) -> Tokens:
+        """Of one of the variants: they tell what figures are counted in."""
+        return self.all[0].cases[0].own
 
     @cached_property
     def luck(self) -> Luck | None:
@@ -89,11 +90,16 @@ def share(kept: float) -> str:
     return f"{100 * kept:g} %"
 
 
-def crossing(curve: Curve, kept: float) -> Crossing:
-    """Bits down to which a curve keeps this share of its start's inverse perplexity."""
-    lost = curve.lost
-    limit = -math.log(kept)
+def crossing(curve: Curve, found: Found) -> Crossing:
+    """Bits down to which a curve keeps the wanted share of its start's quality."""
+    lost = _lost(curve, found)
+    limit = found.quality.limit(found.kept)
     return curves.crossing(curve.bits, [g for g, _ in lost], [e for _, e in lost], limit)
+
+
+def _lost(curve: Curve, found: Found) -> list[tuple[float, float]]:
+    """Of the first point's quality, with paired errors."""
+    return [found.quality.lost(case, curve.cases[0]) for case in curve.cases]
 
 
 # --- tables and charts ------------------------------------------------------------------------
@@ -102,7 +108,7 @@ def crossing(curve: Curve, kept: float) -> Crossing:
 def summary(found: Found) -> Table:
     """One row an order: what it keeps, its mean KL, beside random orders."""
     luck = found.luck
-    rows = [_row(c, luck, found.kept) for c in found.scored]
+    rows = [_row(c, found, luck) for c in found.scored]
     best = min(range(len(rows)), key=lambda i: float(found.scored[i].kl.mean()), default=None)
     if luck and found.random:
         spread = luck.spread if luck.distinct > 1 else None
@@ -115,7 +121,7 @@ def summary(found: Found) -> Table:
                 "",
             ]
         )
-        rows += [_row(c, None, found.kept) for c in found.random]
+        rows += [_row(c, found, None) for c in found.random]
     return Table(
         title="What each order is worth",
         columns=[
@@ -127,21 +133,21 @@ def summary(found: Found) -> Table:
         ],
         rows=rows,
         best=best,
-        note=f"{share(found.kept)} kept to: bits per weight where perplexity passes"
-        f" 1 / {found.kept:g} of its start, one standard error either way. Mean KL: nats per token,"
-        " averaged over the whole curve (area over average bits); its error holds for one order"
-        " alone, orders are compared pairwise in the findings. Against random: half of what would"
-        " be shown stands as error. The errors of the random orders' mean are the spread between"
-        " them.",
+        note=f"{share(found.kept)} kept to: bits per weight down to which {share(found.kept)} of"
+        f" {found.quality.kept} are kept, one standard error either way. Mean KL:"
+        f" {found.tokens.per}, averaged over the whole curve (area over average bits); its error"
+        " holds for one order alone, orders are compared pairwise in the findings. Against random:"
+        " half of what would be shown stands as error. The errors of the random orders' mean are"
+        " the spread between them.",
     )
 
 
-def _row(curve: Curve, luck: Luck | None, kept: float) -> list[str]:
+def _row(curve: Curve, found: Found, luck: Luck | None) -> list[str]:
     lucky = chance.against_random("", curve.name, curve.kl, luck) if luck else None
     gap = with_error(lucky.difference or 0.0, lucky.stderr) if lucky else ""
     return [
         curve.name,
-        str(crossing(curve, kept)),
+        str(crossing(curve, found)),
         with_error(*mean(curve.kl)),
         gap,
         curves.order_text(curve.ranked),
@@ -149,10 +155,10 @@ def _row(curve: Curve, luck: Luck | None, kept: float) -> list[str]:
 
 
 def _random_crossing(found: Found) -> Crossing:
-    lost = np.array([[g for g, _ in c.lost] for c in found.random])
+    lost = np.array([[g for g, _ in _lost(c, found)] for c in found.random])
     spread = lost.std(0, ddof=1) if len(lost) > 1 else np.zeros(lost.shape[1])
     bits = np.mean([c.bits for c in found.random], axis=0)
-    limit = -math.log(found.kept)
+    limit = found.quality.limit(found.kept)
     return curves.crossing(list(bits), list(lost.mean(0)), list(spread), limit)
 
 
@@ -172,11 +178,11 @@ def points(found: Found) -> Table:
             ]
         )
     return Table(
-        title="KL at every step, nats per token",
+        title=f"KL at every step, {found.tokens.per}",
         columns=["Layers moved", "Bits", "File", *(c.name for c in shown)],
         rows=rows,
-        note="Bits: per weight of the layers' matrices, exact. Perplexities are in results.json and"
-        " in the chart.",
+        note="Bits: per weight of the layers' matrices, exact. For every variant's"
+        f" {found.quality.name} see the chart and results.json.",
     )
 
 
@@ -188,32 +194,27 @@ def _labels(curve: Curve) -> list[str]:
     return [f"{c.variant.step} layers" for c in curve.cases]
 
 
-def perplexity(found: Found, measured: Measured) -> Chart:
-    """Perplexity over average bits, with the line of what is to be kept where it is in reach."""
-    start = found.all[0].cases[0].perplexity
-
-    crossed = any(crossing(c, found.kept).bits is not None for c in found.all)
-    line = Mark(axis="y", at=start / found.kept, label=f"{share(found.kept)} kept")
-    marks = [line] if crossed else []  # far above all points it would only flatten them
-    where = "" if crossed else f" {line.label} would be at {sig(line.at)}, above all points."
-
-    def rows(curve: Curve) -> list[tuple[float, float]]:
-        return [
-            (c.perplexity, c.perplexity * error)
-            for c, (_, error) in zip(curve.cases, curve.lost, strict=True)
-        ]
-
+def quality(found: Found, measured: Measured) -> Chart:
+    """Quality over average bits, with the line of what is to be kept where it is in reach."""
+    told, start = found.quality, found.all[0].cases[0]
+    crossed = any(crossing(c, found).bits is not None for c in found.all)
+    at = told.level(start, found.kept)
+    line = Mark(axis="y", at=at, label=f"{share(found.kept)} kept")
+    marks = [line] if crossed else []  # far from all points it would only flatten them
+    where = "" if crossed else f" {line.label} would be at {sig(at)}, {told.worse} all points."
+    series = _series(found, lambda curve: [told.paired(c, curve.cases[0]) for c in curve.cases])
+    name = told.name.capitalize()
     return Chart(
-        name="perplexity",
+        name=told.name,
         kind="lines",
-        title=f"Perplexity as layers go from {found.high} to {found.low}",
+        title=f"{name} as layers go from {found.high} to {found.low}",
         x="Average bits per weight of the layers",
-        y="Perplexity",
-        series=(series := _series(found, rows)),
-        marks=[Mark(axis="y", at=measured.reference.perplexity, label="reference"), *marks],
+        y=name,
+        series=series,
+        marks=[Mark(axis="y", at=told.value(measured.reference)[0], label="reference"), *marks],
         log_y=pictures.spans(series),
-        note=f"Errors are of the difference to all layers in {found.high}, on the same tokens; of"
-        " the random orders' mean: the standard deviation between them." + where,
+        note=f"Errors are of the difference to all layers in {found.high}, on the same"
+        f" {told.each}s; of the random orders' mean: the standard deviation between them." + where,
     )
 
 
@@ -225,7 +226,7 @@ def kl(found: Found) -> Chart:
         kind="lines",
         title=f"KL as layers go from {found.high} to {found.low}",
         x="Average bits per weight of the layers",
-        y="KL from the reference, nats per token",
+        y=f"KL from the reference, {found.tokens.per}",
         series=series,
         log_y=pictures.spans(series),
     )

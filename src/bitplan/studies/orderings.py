@@ -3,7 +3,8 @@
 Layers are ranked by importance; 0 to all of them, least important first, are stored in `--low`
 instead of `--high`. Perplexity and KL against average bits show what an order is worth, and three
 random orders show what chance is worth. The method of Variable Layerwise Quantization (section 3,
-figures 1, 2 and 6), with paired errors and exact bits, and with KL beside its criterion.
+figures 1, 2 and 6), with paired errors and exact bits, and with KL beside its criterion, which is
+accuracy for classifiers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from bitplan.artifacts import Record
 from bitplan.errors import UsageError
 from bitplan.reporting.wording import sig
 from bitplan.results import Chart, Finding, Story
-from bitplan.studies import Cases, Measured, Subject, Variant, chance, curves, ordered, pictures
+from bitplan.studies import (
+    Cases,
+    Measured,
+    Subject,
+    Variant,
+    chance,
+    curves,
+    ordered,
+    pictures,
+    quality,
+)
 from bitplan.studies.chance import Luck
 from bitplan.studies.ordered import RANDOM, Curve, Found
 
@@ -29,8 +40,12 @@ _TRIVIAL = (RANDOM, "position")
 
 
 class Options(Record):
-    high: str = Field(default="q4_k", description="Format that layers start in.")
-    low: str = Field(default="q2_k", description="Format that they are moved to.")
+    high: str = Field(
+        default="", description="Format that layers start in. [default: q4_k; hf qint4]"
+    )
+    low: str = Field(
+        default="", description="Format that they are moved to. [default: q2_k; hf qint2]"
+    )
     orders: str = Field(
         default="lim,zd,reverse:lim,random,position,kl",
         description="Scorers that rank the layers, with commas; reverse:NAME turns one round.",
@@ -43,7 +58,9 @@ class Options(Record):
         default=0, description="Move so many layers at once. [default: 1, more beyond 48 layers]"
     )
     kept: float = Field(
-        default=0.9, description="Share of the perplexity's inverse that is to be kept."
+        default=0.9,
+        description="Share of the perplexity's inverse, or of a classifier's accuracy, that is to"
+        " be kept.",
     )
 
 
@@ -78,10 +95,15 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
 
     Raises UsageError for options that make no sense.
     """
+    options = _chosen(subject, options)
     if options.steps < 0 or options.random_seeds < 1 or not 0 < options.kept < 1:
         raise UsageError("--steps must not be negative, --random-seeds 1 or more, --kept in (0,1).")
     curves.known(options.high, options.low, options.outside)
     return [v for order in orders(subject, options) for v in _moved(subject, options, order)]
+
+
+def _chosen(subject: Subject, options: Options) -> Options:
+    return curves.chosen(subject, options, high=4, low=2)
 
 
 def _moved(subject: Subject, options: Options, order: Order) -> list[Variant]:
@@ -117,22 +139,24 @@ def _found(measured: Measured, options: Options) -> Found:
                 curves.averaged(bits, cases),
             )
         )  # fmt: skip
-    return Found(*both, options.high, options.low, options.kept)
+    told = quality.of(measured)
+    return Found(*both, options.high, options.low, options.kept, told)
 
 
 def story(cases: Cases, options: Options) -> Story:
     measured = cases.only
+    options = _chosen(measured.subject, options)
     found = _found(measured, options)
     return Story(
         headline=_headline(found),
         findings=_findings(found),
         tables=[ordered.summary(found), ordered.points(found)],
         charts=[
-            ordered.perplexity(found, measured),
+            ordered.quality(found, measured),
             ordered.kl(found),
             *_layers(measured, options),
         ],
-        notes=_notes(measured, options),
+        notes=_notes(measured, found, options),
     )
 
 
@@ -164,11 +188,11 @@ def _findings(found: Found) -> list[Finding]:
     lucky, luck = [], found.luck
     if luck:
         lucky = [
-            chance.against_random(f"{c.name} against random", c.name, c.kl, luck)
+            chance.against_random(f"{c.name} against random", c.name, c.kl, luck, found.tokens.unit)
             for c in found.scored
         ]
     pairs = [
-        curves.against(f"{a.name} against {b.name}", a.name, a.kl, b.name, b.kl)
+        curves.against(f"{a.name} against {b.name}", a.name, a.kl, b.name, b.kl, found.tokens.unit)
         for a, b in _pairs(found.scored)
     ]
     means = [(c.name, float(c.kl.mean())) for c in found.all]
@@ -185,12 +209,12 @@ def _pairs(scored: Sequence[Curve]) -> list[tuple[Curve, Curve]]:
 
 
 def _kept(found: Found) -> Finding:
-    """How far down each order keeps the wanted share of the perplexity."""
-    told = [(c.name, ordered.crossing(c, found.kept)) for c in found.all]
+    """How far down each order keeps the wanted share of the model's quality."""
+    told = [(c.name, ordered.crossing(c, found)) for c in found.all]
     crossed = sorted((w.bits, n, w) for n, w in told if w.bits is not None)
     never = [name for name, where in told if where.bits is None]
     share = ordered.share(found.kept)
-    text = f"Kept: perplexity with all layers in {found.high} / perplexity."
+    text = f"Kept: of {found.quality.kept}, against all layers in {found.high}."
     if crossed:
         text += f" {share} are kept down to this many bits (one standard error either way): "
         text += ", ".join(f"{n} {w}{' and back' if w.returns else ''}" for _, n, w in crossed) + "."
@@ -225,12 +249,12 @@ def _layers(measured: Measured, options: Options) -> list[Chart]:
     ]
 
 
-def _notes(measured: Measured, options: Options) -> list[str]:
+def _notes(measured: Measured, found: Found, options: Options) -> list[str]:
     o, outside = options, options.outside or options.high
     return [
-        f"Embedding and output stay in {outside} in every variant. Average bits count the layers'"
-        " matrices with all block scales; the file's size counts everything.",
-        "Kept is measured by perplexity; the paper that proposed these orders used task accuracy.",
+        f"{curves.around(measured.subject, outside)} Average bits count the layers' matrices with"
+        " all scales; the file's size counts everything.",
+        found.quality.paper,
         "Importances were measured on the calibration text, the figures here on other text.",
         *curves.fallbacks(measured.subject, [o.high, o.low, outside]),
     ]

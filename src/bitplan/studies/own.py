@@ -14,9 +14,19 @@ from bitplan.budget import human
 from bitplan.errors import UsageError
 from bitplan.located import Where
 from bitplan.own_study import Options, Rule
-from bitplan.reporting.wording import sig, signed, with_error
+from bitplan.reporting.wording import with_error
 from bitplan.results import Chart, Point, Series, Story, Table
-from bitplan.studies import Case, Cases, Measured, Subject, Variant, change, compared, difference
+from bitplan.studies import (
+    Case,
+    Cases,
+    Measured,
+    Subject,
+    Variant,
+    compared,
+    difference,
+    quality,
+)
+from bitplan.studies.quality import Quality
 from bitplan.units import Unit
 
 MODELS = 1
@@ -97,12 +107,12 @@ def story(cases: Cases, options: Options) -> Story:
             compared(f"{a} against {b}", by_name[a], by_name[b]) for a, b in options.comparisons
         ],
         tables=[_table(measured, every, best)],
-        charts=[_bars(every), _scatter(every)],
+        charts=[_bars(every), _scatter(every, quality.of(measured))],
     )
 
 
 def _headline(every: list[Case], best: Case) -> str:
-    text = f"{best.title} loses least: KL {with_error(*best.kl)} nats per token in"
+    text = f"{best.title} loses least: KL {with_error(*best.kl)} {best.own.per} in"
     text += f" {human(best.bytes)}"
     first = every[0]
     rivals = [c for c in every if c.bytes <= first.bytes]
@@ -113,27 +123,28 @@ def _headline(every: list[Case], best: Case) -> str:
 
 
 def _table(measured: Measured, every: list[Case], best: Case) -> Table:
-    first = every[0]
+    first, judged = every[0], quality.of(measured)
     return Table(
         title="Variants",
         columns=[
-            "Variant", "Size", "Bits per weight", "Perplexity", "Change", "KL",
+            "Variant", "Size", "Bits per weight", judged.name.capitalize(), "Change", "KL",
             "KL per MiB",
         ],
-        rows=[_row(case, first, measured.reference) for case in every],
-        note="Change of perplexity against the reference, on the same tokens; ± is one standard"
-        f" error. KL per MiB: what each MiB more than {first.title} wins, or each MiB less costs.",
+        rows=[_row(case, first, measured.reference, judged) for case in every],
+        note=f"Change of {judged.name} against the reference, on the same {judged.each}s; ± is one"
+        f" standard error. KL per MiB: what each MiB more than {first.title} wins, or each MiB less"
+        " costs.",
         best=every.index(best),
     )  # fmt: skip
 
 
-def _row(case: Case, first: Case, reference: Case) -> list[str]:
+def _row(case: Case, first: Case, reference: Case, judged: Quality) -> list[str]:
     return [
         case.title,
         human(case.bytes),
         f"{case.bpw:.3f}",
-        with_error(case.perplexity, case.perplexity_error),
-        signed(*change(case, reference)),
+        with_error(*judged.value(case)),
+        judged.change(case, reference),
         with_error(*case.kl),
         _won(case, first),
     ]
@@ -154,25 +165,25 @@ def _bars(every: list[Case]) -> Chart:
         name="variants",
         kind="bars",
         title="What each variant loses",
-        x="KL, nats per token",
+        x=f"KL, {every[0].own.per}",
         y="Variant",
         series=[Series(name="KL", points=points)],
         baseline=0.0,
     )
 
 
-def _scatter(every: list[Case]) -> Chart:
+def _scatter(every: list[Case], judged: Quality) -> Chart:
     names = list(dict.fromkeys(c.variant.series for c in every))
     return Chart(
         name="size-kl",
         kind="scatter",
         title="Size against loss",
         x="Size, MiB",
-        y="KL, nats per token",
+        y=f"KL, {every[0].own.per}",
         series=[
             Series(
                 name=name or "variants",
-                points=[_point(c) for c in every if c.variant.series == name],
+                points=[_point(c, judged) for c in every if c.variant.series == name],
                 style="points",
             )
             for name in names
@@ -180,7 +191,7 @@ def _scatter(every: list[Case]) -> Chart:
     )
 
 
-def _point(case: Case) -> Point:
+def _point(case: Case, judged: Quality) -> Point:
     value, error = case.kl
-    detail = f"{case.bpw:.2f} bits per weight, perplexity {sig(case.perplexity, 5)}"
+    detail = f"{case.bpw:.2f} bits per weight, {judged.name} {judged.told(case)}"
     return Point(x=case.bytes / _MIB, y=value, error=error, label=case.title, detail=detail)

@@ -8,7 +8,7 @@ formats are not 8, 4 and 2 bits, so exact bits and bytes are counted and shown.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from bitplan.artifacts import Record
 from bitplan.budget import human
 from bitplan.errors import UsageError
 from bitplan.metrics import mean, told
-from bitplan.reporting.wording import sig, signed, with_error
+from bitplan.reporting.wording import sig, with_error
 from bitplan.results import Chart, Finding, Series, Story, Table
 from bitplan.studies import (
     Case,
@@ -27,10 +27,10 @@ from bitplan.studies import (
     Measured,
     Subject,
     Variant,
-    change,
     curves,
     difference,
     pictures,
+    quality,
 )
 
 MODELS = 1
@@ -39,9 +39,9 @@ THREE, UNIFORM = "three levels", "uniform"
 
 
 class Options(Record):
-    high: str = Field(default="q8_0", description="Format of the most important layers.")
-    middle: str = Field(default="q4_k", description="Format of the layers between.")
-    low: str = Field(default="q2_k", description="Format of the least important layers.")
+    high: str = Field("", description="Format of the most important. [default: q8_0; hf qint8]")
+    middle: str = Field("", description="Format of those between. [default: q4_k; hf qint4]")
+    low: str = Field("", description="Format of the least important. [default: q2_k; hf qint2]")
     order: str = Field(default="lim", description="Scorer that ranks the layers; reverse:NAME too.")
     outside: str = Field(
         default="", description="Format of embedding and output. [default: the middle format]"
@@ -72,6 +72,7 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
 
     Raises UsageError for a model of fewer than four layers: none would be left in the middle.
     """
+    options = chosen(subject, options)
     count = len(subject.layers)
     if count < 4:
         raise UsageError(f"three-level needs four layers or more; this model has {count}.")
@@ -96,6 +97,11 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
             fits = next((v for v in rivals if curves.nbytes(subject, v.types) <= room), None)
             found += [fits] if fits else []
     return found
+
+
+def chosen(subject: Subject, options: Options) -> Options:
+    """With every format named."""
+    return curves.chosen(subject, options, high=8, middle=4, low=2)
 
 
 def families(count: int, options: Options) -> dict[str, list[Split]]:
@@ -139,20 +145,21 @@ def _rows(measured: Measured, options: Options) -> list[Row]:
 
 def story(cases: Cases, options: Options) -> Story:
     measured = cases.only
+    options = chosen(measured.subject, options)
     rows = _rows(measured, options)
     findings = _findings([r for r in rows if 0 < 3 * r.x < len(measured.subject.layers)])
     return Story(
         headline=_headline(rows, findings, options),
         findings=findings,
         tables=[_table(rows, measured)],
-        charts=[_chart(measured, rows, options, "kl"), _chart(measured, rows, options, "nll")],
+        charts=[_kl(measured, rows, options), _quality(measured, rows, options)],
         notes=_notes(measured, options, rows),
     )
 
 
 def _headline(rows: list[Row], findings: list[Finding], options: Options) -> str:
     best = min((r.three for r in rows[1:]), key=lambda c: c.kl[0])
-    start = f"Three levels at their best ({best.title}): KL {with_error(*best.kl)} nats per token"
+    start = f"Three levels at their best ({best.title}): KL {with_error(*best.kl)} {best.own.per}"
     return f"{start}; {rows[0].three.title}: {with_error(*rows[0].three.kl)}. {findings[0].text}"
 
 
@@ -178,7 +185,7 @@ def _averaged(name: str, pairs: list[tuple[Case, Case]]) -> Finding | None:
     shown = told(gap, error)
     where = f"averaged over {len(pairs)} value{'s' if len(pairs) > 1 else ''} of x"
     figures = f"{sig(float(three.mean()))} against {sig(float(rival.mean()))}, difference"
-    figures += f" {with_error(gap, error)} nats per token, {where}"
+    figures += f" {with_error(gap, error)} {pairs[0][0].own.per}, {where}"
     verdict = (
         f"Three levels lose {'more' if gap > 0 else 'less'} than {name} in the same bytes"
         if shown
@@ -187,7 +194,7 @@ def _averaged(name: str, pairs: list[tuple[Case, Case]]) -> Finding | None:
     return Finding(
         title=f"Three levels against {name}",
         text=f"{verdict}: KL {figures}.",
-        difference=gap, stderr=error, unit="nats/token", shown=shown,
+        difference=gap, stderr=error, unit=pairs[0][0].own.unit, shown=shown,
     )  # fmt: skip
 
 
@@ -216,65 +223,63 @@ def _table(rows: list[Row], measured: Measured) -> Table:
     for row in rows:
         own = [c for _, c in sorted(row.rivals.items(), key=lambda i: i[1].kl[0])]
         found += [_cells(row, c, rows[0].three, measured) for c in (row.three, *own)]
+    name = quality.of(measured).name.capitalize()
     return Table(
         title="Three levels and what is simpler in no more bytes",
-        columns=["x", "Layers", "Bits", "File", "KL", "Perplexity", "KL less three's"],
+        columns=["x", "Layers", "Bits", "File", "KL", name, "KL less three's"],
         rows=found,
         note="Bits: per weight of the layers' matrices, exact. For each x three levels stand first,"
-        " the others follow, best first. Perplexity: change against x = 0. Errors of changes and"
+        f" the others follow, best first. {name}: change against x = 0. Errors of changes and"
         " differences are paired.",
     )
 
 
-def _change(case: Case, start: Case) -> str:
-    if case.variant.types == start.variant.types:
-        return sig(case.perplexity, 4)
-    return signed(*change(case, start))
-
-
 def _cells(row: Row, case: Case, start: Case, measured: Measured) -> list[str]:
-    own = case is row.three
+    own, told = case is row.three, quality.of(measured)
     gap, error = difference(case, row.three, "kl")
     same = case.variant.types == row.three.variant.types
+    first = case.variant.types == start.variant.types
     return [
         str(row.x) if own else "",
         case.title,
         f"{curves.case_bits(measured.subject, case):.3f}",
         human(case.bytes),
         with_error(*case.kl),
-        _change(case, start),
+        told.told(case) if first else told.change(case, start),
         "" if own else "the same" if same else with_error(gap, error),
     ]
 
 
-def _chart(measured: Measured, rows: list[Row], options: Options, metric: str) -> Chart:
-    names = dict.fromkeys([THREE, *(s for r in rows for s in r.rivals)])
-    start = rows[0].three
+def _kl(measured: Measured, rows: list[Row], options: Options) -> Chart:
+    axis = f"KL from the reference, {rows[0].three.own.per}"
+    return _chart(measured, rows, options, "kl", axis, lambda case: case.kl)
 
-    def value(case: Case) -> tuple[float, float]:
-        if metric == "kl":
-            return case.kl
-        return case.perplexity, case.perplexity * difference(case, start)[1]
 
+def _quality(measured: Measured, rows: list[Row], options: Options) -> Chart:
+    told, start = quality.of(measured), rows[0].three
+    note = f"Errors are of the difference to {start.title}, on the same {told.each}s."
+    chart = _chart(
+        measured, rows, options, told.name, told.name.capitalize(),
+        lambda case: told.paired(case, start),
+    )  # fmt: skip
+    return chart.model_copy(update={"note": note})
+
+
+def _chart(
+    measured: Measured, rows: list[Row], options: Options, name: str, y: str,
+    value: Callable[[Case], tuple[float, float]],
+) -> Chart:  # fmt: skip
+    """All choices over x. value: of a variant, with its error."""
     series: list[Series] = []
-    for name in names:
-        curve = measured.series(name)
-        steps = [float(c.variant.step) for c in curve]
-        series.append(
-            pictures.line(name, steps, [value(c) for c in curve], [c.title for c in curve])
-        )
+    for label in dict.fromkeys([THREE, *(s for r in rows for s in r.rivals)]):
+        curve = measured.series(label)
+        steps, titles = [float(c.variant.step) for c in curve], [c.title for c in curve]
+        series.append(pictures.line(label, steps, [value(c) for c in curve], titles))
     return Chart(
-        name="kl" if metric == "kl" else "perplexity",
-        kind="lines",
-        title="Three levels against two and one, in no more bytes",
-        x=f"x: layers in {options.high}, while 2x are in {options.low}",
-        y="KL from the reference, nats per token" if metric == "kl" else "Perplexity",
-        series=series,
+        name=name, kind="lines", title="Three levels against two and one, in no more bytes",
+        x=f"x: layers in {options.high}, while 2x are in {options.low}", y=y, series=series,
         log_y=pictures.spans(series),
-        note=""
-        if metric == "kl"
-        else f"Errors are of the difference to {start.title}, on the same tokens.",
-    )
+    )  # fmt: skip
 
 
 def _notes(measured: Measured, options: Options, rows: list[Row]) -> list[str]:
@@ -287,6 +292,6 @@ def _notes(measured: Measured, options: Options, rows: list[Row]) -> list[str]:
         f"The average is not quite constant: it goes from {bits[0]:.3f} to {bits[-1]:.3f} bits per"
         f" weight, because the formats' real sizes do not stand as 8 to 4 to 2. What is compared"
         " with three levels never takes more bytes, and mostly fewer.",
-        f"Embedding and output stay in {outside} in every variant.",
+        curves.around(subject, outside),
         *curves.fallbacks(subject, [o.high, o.middle, o.low, outside]),
     ]

@@ -8,7 +8,7 @@ Layerwise Quantization, in exact bytes; `position` removes from the top, as Grom
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from pydantic import Field
@@ -19,15 +19,25 @@ from bitplan.errors import UsageError
 from bitplan.metrics import mean, told
 from bitplan.reporting.wording import percent, sig, with_error
 from bitplan.results import Chart, Finding, Mark, Point, Series, Story, Table
-from bitplan.studies import Case, Cases, Measured, Subject, Variant, curves, equal_bytes
+from bitplan.studies import (
+    Case,
+    Cases,
+    Measured,
+    Subject,
+    Variant,
+    curves,
+    equal_bytes,
+    pictures,
+    quality,
+)
 from bitplan.studies.pruning.duel import Duel, quantizing_by, removing_by
 
 MODELS = 1
 
 
 class Options(Record):
-    high: str = Field("q8_0", description="Format of the layers that stay.")
-    low: str = Field("q4_k", description="Format that layers are moved to, instead of removal.")
+    high: str = Field("", description="Format of layers that stay. [default: q8_0; hf qint8]")
+    low: str = Field("", description="Format of layers moved. [default: q4_k; hf qint4]")
     orders: str = Field(
         "lim,position",
         description="Scorers that rank the layers, with commas; position goes from the top.",
@@ -45,6 +55,7 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
 
     Raises UsageError for options that make no sense.
     """
+    options = _chosen(subject, options)
     if options.steps < 0:
         raise UsageError("--steps must not be negative.")
     if len(subject.layers) < 2:
@@ -59,6 +70,10 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
         halves = sorted({n // 2 for n in counts})
         found += [_removed(subject, options, order, ranked, n) for n in halves]
     return found
+
+
+def _chosen(subject: Subject, options: Options) -> Options:
+    return curves.chosen(subject, options, high=8, low=4)
 
 
 def _moved(
@@ -100,6 +115,7 @@ def duels(measured: Measured, options: Options) -> list[Duel]:
 
 def story(cases: Cases, options: Options) -> Story:
     measured = cases.only
+    options = _chosen(measured.subject, options)
     found = duels(measured, options)
     lines = [(f"by {d.order}", d.gaps()) for d in found if d.removal == d.order]
     return Story(
@@ -111,7 +127,7 @@ def story(cases: Cases, options: Options) -> Story:
             equal_bytes.chart(
                 "What removing layers loses beyond quantizing, at equal bytes",
                 lines,
-                "KL(removing) - KL(quantizing), nats per token",
+                f"KL(removing) - KL(quantizing), {found[0].tokens.per}",
             ),
         ],
         notes=_notes(measured, options),
@@ -119,32 +135,35 @@ def story(cases: Cases, options: Options) -> Story:
 
 
 def _headline(duel: Duel, options: Options) -> str:
-    verdict = equal_bytes.verdict(duel.gaps(), duel.removing, duel.quantizing)
+    verdict = equal_bytes.verdict(duel.gaps(), duel.removing, duel.quantizing, duel.tokens.per)
     return f"From {options.high} to {options.low}, in KL at equal bytes: {verdict}"
 
 
 def _finding(duel: Duel) -> Finding:
     """One duel over its whole range; the difference is the mean over the sizes compared."""
-    kl, nll = duel.gaps("kl"), duel.gaps("nll")
-    text = f"KL: {equal_bytes.verdict(kl, duel.removing, duel.quantizing)}"
+    judged = quality.of(duel.measured)
+    kl, own = duel.gaps("kl"), duel.gaps(judged.metric)
+    text = f"KL: {equal_bytes.verdict(kl, duel.removing, duel.quantizing, duel.tokens.per)}"
     if not kl:
         return Finding(title=duel.name, text=text)
-    if [g.side for g in kl] == [g.side for g in nll]:
-        text += f" Perplexity says the same{' at every size' if len(kl) > 1 else ''}."
+    if [g.side for g in kl] == [g.side for g in own]:
+        where = " at every size" if len(kl) > 1 else ""
+        text += f" {judged.name.capitalize()} says the same{where}."
     else:
-        text += f" Log perplexity: {equal_bytes.verdict(nll, duel.removing, duel.quantizing)}"
+        verdict = equal_bytes.verdict(own, duel.removing, duel.quantizing, judged.unit)
+        text += f" {judged.loss.capitalize()}: {verdict}"
     gap, error = mean(np.mean(duel.differences("kl"), axis=0))
     shown = told(gap, error)
     if len(kl) > 1:
+        verb, per = "costs" if gap > 0 else "saves", duel.tokens.per
         text += (
-            f" On average removing {'costs' if gap > 0 else 'saves'} {with_error(abs(gap), error)}"
-            " nats per token."
+            f" On average removing {verb} {with_error(abs(gap), error)} {per}."
             if shown
-            else f" On average no difference is measured: {with_error(gap, error)} nats per token."
+            else f" On average no difference is measured: {with_error(gap, error)} {per}."
         )
     return Finding(
         title=duel.name[:1].upper() + duel.name[1:],
-        text=text, difference=gap, stderr=error, unit="nats/token", shown=shown,
+        text=text, difference=gap, stderr=error, unit=duel.tokens.unit, shown=shown,
     )  # fmt: skip
 
 
@@ -160,7 +179,7 @@ def _removals(measured: Measured, options: Options) -> list[Finding]:
         one = curves.against(
             f"Which layers to remove: {first} or {order}",
             removing_by(first), curves.averaged(bits, own),
-            removing_by(order), curves.averaged(axis, other),
+            removing_by(order), curves.averaged(axis, other), measured.reference.own.unit,
         )  # fmt: skip
         found.append(one.model_copy(update={"text": one.text[:1].upper() + one.text[1:]}))
     return found
@@ -173,8 +192,8 @@ def _pairs(found: Sequence[Duel], options: Options) -> Table:
     return Table(
         title="Removing against quantizing, at equal bytes",
         columns=[
-            "Removed", "Bytes", "KL", f"In {options.low}", "Bytes", "KL", "Perplexities",
-            "KL more", "Loses less",
+            "Removed", "Bytes", "KL", f"In {options.low}", "Bytes", "KL",
+            quality.of(found[0].measured).name.capitalize(), "KL more", "Loses less",
         ],
         rows=[row for duel in found if duel.removal == duel.order for row in _rows(duel)],
         note="On the right of each row the largest quantized model that is no larger than the"
@@ -185,7 +204,7 @@ def _pairs(found: Sequence[Duel], options: Options) -> Table:
 
 
 def _rows(duel: Duel) -> list[list[str]]:
-    rows = []
+    rows, judged = [], quality.of(duel.measured)
     for case, gap in zip(duel.pairs, duel.gaps(), strict=True):
         real = equal_bytes.not_larger(duel.curve, case.bytes)
         assert real is not None  # a pair lies within the curve
@@ -193,7 +212,7 @@ def _rows(duel: Duel) -> list[list[str]]:
             [
                 f"{case.variant.step} by {duel.removal}", *_cells(case),
                 f"{real.variant.step} by {duel.order}", *_cells(real),
-                f"{sig(case.perplexity)} / {sig(real.perplexity)}",
+                f"{judged.told(case)} / {judged.told(real)}",
                 with_error(gap.value, gap.error),
                 {1: "quantizing", -1: "removing", 0: "not told apart"}[gap.side],
             ]
@@ -210,37 +229,35 @@ def _charts(measured: Measured, options: Options) -> list[Chart]:
     drawn = {n: measured.series(n) for n in names}
     scale, unit = equal_bytes.unit([c.bytes for own in drawn.values() for c in own])
 
-    def lines(perplexity: bool) -> list[Series]:
-        return [
-            Series(
-                name=name,
-                points=[
-                    Point(
-                        x=c.bytes / scale,
-                        y=c.perplexity if perplexity else c.kl[0],
-                        error=c.perplexity_error if perplexity else c.kl[1],
-                        label=c.title,
-                        detail=f"{c.bytes:,} bytes",
-                    )
-                    for c in own
-                ],
-            )
-            for name, own in drawn.items()
-        ]
+    def lines(value: Callable[[Case], tuple[float, float]]) -> list[Series]:
+        return [Series(name=name, points=_points(own, value, scale)) for name, own in drawn.items()]
 
     title = f"layers removed, or moved from {options.high} to {options.low}"
-    axis = f"File size, {unit}"
+    axis, judged = f"File size, {unit}", quality.of(measured)
+    name, own, kl = judged.name.capitalize(), lines(judged.value), lines(lambda case: case.kl)
     return [
         Chart(
-            name="perplexity", kind="lines", title=f"Perplexity: {title}", x=axis, y="Perplexity",
-            series=lines(True), log_y=True,
-            marks=[Mark(axis="y", at=measured.reference.perplexity, label="reference")],
+            name=judged.name, kind="lines", title=f"{name}: {title}", x=axis, y=name, series=own,
+            log_y=pictures.spans(own),
+            marks=[Mark(axis="y", at=judged.value(measured.reference)[0], label="reference")],
         ),
         Chart(
             name="kl", kind="lines", title=f"KL: {title}", x=axis,
-            y="KL from the reference, nats per token", series=lines(False), log_y=True,
+            y=f"KL from the reference, {measured.reference.own.per}", series=kl,
+            log_y=pictures.spans(kl),
         ),
     ]  # fmt: skip
+
+
+def _points(
+    cases: Sequence[Case], value: Callable[[Case], tuple[float, float]], scale: float
+) -> list[Point]:
+    """One curve over bytes / scale. value: of a variant, with its error."""
+    return [
+        Point(x=c.bytes / scale, y=y, error=error, label=c.title, detail=f"{c.bytes:,} bytes")
+        for c in cases
+        for y, error in [value(c)]
+    ]
 
 
 def _notes(measured: Measured, options: Options) -> list[str]:
@@ -257,9 +274,9 @@ def _notes(measured: Measured, options: Options) -> list[str]:
         f" {high / max(high - low, 1e-9):.1f} layers are moved for each one removed, not two.",
         f"All layers in {options.low} take {human(whole.bytes, exact=True)}; what removal makes"
         " smaller than that has nothing to be compared with.",
-        f"Embedding and output stay in {outside} in every variant.",
-        "A removed layer also saves its share of the KV cache and of the time, which bytes of the"
-        " file do not show.",
+        curves.around(subject, outside),
+        "A removed layer also saves its share of the time, and of a decoder's KV cache, which bytes"
+        " of the file do not show.",
         "The paper (LLaMa-2 7B, plain rounding, task accuracy) found quantizing better all the way"
         " from 8 to 4 bits, and removing better from 4 to 2 bits once more than 7 of 32 layers go.",
         "Layers are removed as they are, without the fine-tuning that Gromov et al. add to mend the"

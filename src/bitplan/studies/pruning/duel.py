@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from bitplan.metrics import mean
+from bitplan.metrics import Tokens, mean
 from bitplan.studies import Case, Measured, curves, equal_bytes
 from bitplan.studies.equal_bytes import Floats, Gap
 
@@ -41,6 +41,11 @@ class Duel:
     def name(self) -> str:
         return f"{self.removing} against {self.quantizing}"
 
+    @property
+    def tokens(self) -> Tokens:
+        """Of the reference: they tell what figures are counted in."""
+        return self.measured.reference.own
+
     @cached_property
     def curve(self) -> list[Case]:
         """Quantizing: what removal is compared with."""
@@ -55,11 +60,13 @@ class Duel:
     def differences(self, metric: str) -> list[Floats]:
         """Removing less quantizing, token by token, at the bytes of each pair."""
         return [
-            getattr(c.own, metric) - equal_bytes.at(self.curve, c.bytes, metric) for c in self.pairs
+            case.each(metric) - other
+            for case in self.pairs
+            if (other := equal_bytes.at(self.curve, case.bytes, metric)) is not None
         ]
 
     def gaps(self, metric: str = "kl") -> list[Gap]:
-        """Removing less quantizing at the bytes of each pair; nats per token."""
+        """Removing less quantizing at the bytes of each pair. metric: see `Case.each`."""
         return [
             Gap(
                 case.bytes, curves.case_bits(self.measured.subject, case), *mean(values),

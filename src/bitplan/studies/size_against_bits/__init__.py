@@ -8,10 +8,6 @@ Tokenizers may differ: the figure is bits per byte of text, not perplexity per t
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from functools import cached_property
-
 from pydantic import Field
 
 from bitplan import scorers
@@ -21,37 +17,48 @@ from bitplan.errors import UsageError
 from bitplan.metrics import mean, told
 from bitplan.reporting.wording import sig, with_error
 from bitplan.results import Chart, Finding, Mark, Series, Story, Table
-from bitplan.studies import Case, Cases, Measured, Subject, Variant, curves, equal_bytes, pictures
-from bitplan.studies.equal_bytes import Gap
+from bitplan.studies import Cases, Subject, Variant, curves, equal_bytes, pictures
+from bitplan.studies.size_against_bits.contest import SERIES, Contest, contest
 
 MODELS = 2
 
-SERIES = "schedule"
 UNIT = "bits per byte"
 
 
 class Options(Record):
-    high: str = Field("q4_k", description="Format that MODEL's layers start in.")
-    low: str = Field("q2_k", description="Format that they are moved to.")
-    high_other: str = Field("q8_0", description="Format that OTHER's layers start in.")
-    low_other: str = Field("q4_k", description="Format that they are moved to.")
+    high: str = Field(
+        "", description="Format that MODEL's layers start in. [default: q4_k; hf qint4]"
+    )
+    low: str = Field("", description="Format that they are moved to. [default: q2_k; hf qint2]")
+    high_other: str = Field(
+        "", description="Format that OTHER's layers start in. [default: q8_0; hf qint8]"
+    )
+    low_other: str = Field(
+        "", description="Format that they are moved to. [default: q4_k; hf qint4]"
+    )
     order: str = Field("lim", description="Scorer that ranks the layers of both.")
     steps: int = Field(
         0, description="Move so many layers at once. [default: 1, more beyond 48 layers]"
     )
 
-    def pair(self, index: int) -> tuple[str, str]:
+    def pair(self, subject: Subject) -> tuple[str, str]:
         """High and low format of one of the models."""
-        return (self.high_other, self.low_other) if index else (self.high, self.low)
+        own = curves.chosen(subject, self, high=4, low=2, high_other=8, low_other=4)
+        return (own.high_other, own.low_other) if subject.index else (own.high, own.low)
 
 
 def variants(subject: Subject, options: Options) -> list[Variant]:
     """One model's 0 to all layers in its low format. Raises UsageError, UnknownNameError."""
     if options.steps < 0:
         raise UsageError("--steps must not be negative.")
+    if subject.facts.architecture.endswith("ForSequenceClassification"):
+        raise UsageError(
+            f"{subject.facts.name}: is a classifier, and this study compares how well models"
+            " predict text; `bitplan evaluate` compares classifiers."
+        )
     scorers.get(options.order)
-    curves.known(*options.pair(0), *options.pair(1))
-    high, low = options.pair(subject.index)
+    curves.known(options.high, options.low, options.high_other, options.low_other)
+    high, low = options.pair(subject)
     ranked = curves.ranking(subject.importances(options.order, low))
     found = []
     for count in curves.every(len(ranked), options.steps):
@@ -70,73 +77,6 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
 # --- what was found ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Side:
-    """One of the two models."""
-
-    measured: Measured
-    name: str
-
-    @cached_property
-    def curve(self) -> list[Case]:
-        """The model's points, from all layers high to all low."""
-        return self.measured.series(SERIES)
-
-    @property
-    def per_token(self) -> float:
-        """Nats a token -> bits a byte of text."""
-        tokens = self.measured.reference.tokens.nll.size
-        return tokens / self.measured.scored_bytes / math.log(2)
-
-    def bits(self, case: Case) -> tuple[float, float]:
-        """Bits per byte and their standard error."""
-        value, error = mean(case.own.nll)
-        return value * self.per_token, error * self.per_token
-
-
-@dataclass(frozen=True)
-class Contest:
-    """Both models over the bytes that they have in common."""
-
-    one: Side
-    other: Side
-
-    @property
-    def paired(self) -> bool:
-        """Whether both were measured on the very same tokens."""
-        return self.one.measured.text.sha256 == self.other.measured.text.sha256
-
-    @cached_property
-    def gaps(self) -> list[Gap]:
-        """MODEL less OTHER in bits per byte, at every size that is a point of either."""
-        sizes = sorted({c.bytes for side in (self.one, self.other) for c in side.curve})
-        return [g for size in sizes if (g := self._gap(size)) is not None]
-
-    def _gap(self, size: int) -> Gap | None:
-        one, other = (equal_bytes.at(s.curve, size, "nll") for s in (self.one, self.other))
-        if one is None or other is None:
-            return None
-        if self.paired:
-            gap, error = mean(one * self.one.per_token - other * self.other.per_token)
-        else:
-            (a, da), (b, db) = mean(one), mean(other)
-            gap = a * self.one.per_token - b * self.other.per_token
-            error = math.hypot(da * self.one.per_token, db * self.other.per_token)
-        return Gap(size, math.nan, gap, error)
-
-
-def contest(cases: Cases) -> Contest:
-    """Both models, by names that differ."""
-    names = [m.subject.facts.name for m in cases.models]
-    if names[0] == names[1]:
-        names = [
-            f"{n} ({human(m.subject.facts.weights).removesuffix('B').strip()} weights)"
-            for n, m in zip(names, cases.models, strict=True)
-        ]
-    one, other = (Side(m, n) for m, n in zip(cases.models, names, strict=True))
-    return Contest(one, other)
-
-
 def story(cases: Cases, options: Options) -> Story:
     found = contest(cases)
     return Story(
@@ -150,8 +90,8 @@ def story(cases: Cases, options: Options) -> Story:
 
 def _labels(found: Contest, options: Options) -> tuple[str, str]:
     one, other = (
-        f"{side.name} in {'/'.join(options.pair(i))}"
-        for i, side in enumerate((found.one, found.other))
+        f"{side.name} in {'/'.join(options.pair(side.measured.subject))}"
+        for side in (found.one, found.other)
     )
     return one, other
 
@@ -287,9 +227,9 @@ def _notes(found: Contest, options: Options) -> list[str]:
         " differently far into it: errors are independent and added in quadrature, and part of a"
         " difference may come from the text. More --eval-windows makes both smaller."
     )
-    for i, side in enumerate((found.one, found.other)):
-        notes += [
-            f"{side.name}: {note}"
-            for note in curves.fallbacks(side.measured.subject, options.pair(i))
-        ]
+    for side in (found.one, found.other):
+        subject = side.measured.subject
+        pair = options.pair(subject)
+        own = [curves.around(subject, pair[0]), *curves.fallbacks(subject, pair)]
+        notes += [f"{side.name}: {note}" for note in own]
     return notes
