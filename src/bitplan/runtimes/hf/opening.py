@@ -7,17 +7,20 @@ hold are an error: transformers would fill them with random numbers and go on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from bitplan import gguf_file
 from bitplan.checkpoint import Checkpoint
 from bitplan.errors import ModelFileError, RuntimeFailure, UsageError
 
 _CLASSIFIER = "ForSequenceClassification"
+_POSITIONS = re.compile(r"(position[^.]*|wpe)$")
 _REMOTE = "needs code of its own, which is not run unless you pass --trust-remote-code"
 
 
@@ -43,16 +46,23 @@ def config_of(checkpoint: Checkpoint, *, trust: bool = False) -> Any:
 
     if checkpoint.needs_remote_code and not trust:
         raise ModelFileError(f"{checkpoint.path}: {_REMOTE}.")
+    if checkpoint.layers > len(checkpoint.tensors):  # transformers would build them all
+        raise ModelFileError(
+            f"{checkpoint.path}: config.json promises {checkpoint.layers:,} layers, the files hold"
+            f" {len(checkpoint.tensors)} tensors; correct config.json."
+        )
     try:
         with quiet():
             return transformers.AutoConfig.from_pretrained(
                 checkpoint.path, local_files_only=True, trust_remote_code=trust
             )
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:  # what goes wrong is up to the file
+        if checkpoint.model_type in transformers.CONFIG_MAPPING:
+            raise _unknown(checkpoint, error) from None
         raise ModelFileError(
             f"{checkpoint.path}: transformers {transformers.__version__} does not know"
-            f" {checkpoint.architecture or 'its architecture'} (model type"
-            f" {checkpoint.model_type!r}): {_first_line(error)}."
+            f" {checkpoint.architecture} (model type {checkpoint.model_type!r}):"
+            f" {_first_line(error)}."
         ) from None
 
 
@@ -65,19 +75,39 @@ def _class_of(checkpoint: Checkpoint) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def skeleton(checkpoint: Checkpoint, *, trust: bool = False) -> nn.Module:
+def skeleton(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, trust: bool = False
+) -> nn.Module:
     """The model without weights (on the meta device): to look at, or to fill block by block."""
     config = config_of(checkpoint, trust=trust)
     config._experts_implementation = "eager"
     try:
         with quiet(), torch.device("meta"):
             model = _class_of(checkpoint).from_config(
-                config, dtype=dtype_of(checkpoint), trust_remote_code=trust
+                config, dtype=dtype or dtype_of(checkpoint), trust_remote_code=trust
             )
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # what goes wrong is up to the file
         raise _unknown(checkpoint, error) from None
     model.tie_weights()
+    _check_described(checkpoint, model)
     return model.eval()
+
+
+def _check_described(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Whether the files can be what config.json describes, before memory is taken for it."""
+    found, named = type(model).__name__, checkpoint.architecture
+    if found.lower() != named.lower():
+        raise ModelFileError(
+            f"{checkpoint.path}: config.json names {named}, but transformers opens its model type"
+            f" {checkpoint.model_type!r} as {found}; only causal decoders and sequence classifiers"
+            " are handled."
+        )
+    described = sum(p.numel() for p in model.parameters())
+    if described > 2 * checkpoint.weights:
+        raise ModelFileError(
+            f"{checkpoint.path}: config.json describes {described:,} weights, the files hold"
+            f" {checkpoint.weights:,}; the download is incomplete or config.json is wrong."
+        )
 
 
 def dtype_of(checkpoint: Checkpoint) -> torch.dtype:
@@ -93,6 +123,7 @@ def load(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, *, trust: bool = False
 ) -> nn.Module:
     """The model with its weights, ready to be run. Raises ModelFileError, RuntimeFailure."""
+    skeleton(checkpoint, dtype, trust=trust)
     config = config_of(checkpoint, trust=trust)
     config._experts_implementation = "eager"  # the others hide which expert sees what
     try:
@@ -104,29 +135,33 @@ def load(
             )  # fmt: skip
     except MemoryError:
         raise RuntimeFailure(f"{checkpoint.path}: does not fit in memory.") from None
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+    except Exception as error:  # what goes wrong is up to the file
         raise _unknown(checkpoint, error) from None
-    _check(checkpoint, notes)
+    _check(checkpoint, model, notes)
     return _placed(model, device, checkpoint.path)
 
 
 def load_gguf(path: Path, device: torch.device, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
-    """A GGUF file, dequantized by transformers, and its tokenizer."""
+    """A GGUF file, dequantized by transformers, and its tokenizer. Raises ModelFileError."""
     import transformers
 
+    gguf_file.read(path)  # its counts and offsets are checked there
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
         with quiet():
-            where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                **where, dtype=dtype or torch.float32
+            model, notes = transformers.AutoModelForCausalLM.from_pretrained(
+                **where, dtype=dtype or torch.float32, output_loading_info=True
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
+            words = transformers.AutoTokenizer.from_pretrained(**where)
+        if notes["missing_keys"]:
+            raise ValueError(f"it finds no {min(notes['missing_keys'])} in it")
+    except Exception as error:  # what goes wrong is up to the file
         raise ModelFileError(
             f"{path}: transformers cannot open this GGUF file ({_first_line(error)}); leave out"
             " --runtime hf, llama.cpp opens it."
         ) from None
-    return _placed(model, device, path), tokenizer
+    model.config._experts_implementation = "eager"
+    return _placed(model, device, path), words
 
 
 def tokenizer(checkpoint: Checkpoint, *, trust: bool = False) -> Any:
@@ -140,7 +175,7 @@ def tokenizer(checkpoint: Checkpoint, *, trust: bool = False) -> Any:
             )
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise ModelFileError(
-            f"{checkpoint.path}: its tokenizer cannot be read ({_first_line(error)}); copy"
+            f"{checkpoint.path}: has no tokenizer that can be read ({_first_line(error)}); copy"
             " tokenizer.json and tokenizer_config.json of the model there."
         ) from None
 
@@ -151,6 +186,30 @@ def check_vocabulary(path: Path, words: Any, rows: int) -> None:
         raise ModelFileError(
             f"{path}: its tokenizer has {len(words)} tokens, its embedding only {rows} rows; they"
             " belong to different models."
+        )
+
+
+def reach(model: nn.Module) -> int | None:
+    """Most tokens that a table of learned positions has room for; None for models without one.
+
+    RoBERTa's begins behind the padding's row; OPT's own class counts two rows more than it has.
+    """
+    embedding = model.get_input_embeddings()
+    found = [
+        m.num_embeddings - (m.padding_idx + 1 if m.padding_idx is not None else 0)
+        - int(getattr(m, "offset", 0))
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Embedding) and m is not embedding and _POSITIONS.search(name)
+    ]  # fmt: skip
+    return min(found, default=None)
+
+
+def check_context(path: Path, model: nn.Module, ctx: int) -> None:
+    """Raises UsageError for windows that are longer than the model has positions for."""
+    most = reach(model)
+    if most is not None and ctx > most:
+        raise UsageError(
+            f"--ctx {ctx}: {path} has positions for {most} tokens only; take --ctx {most} or less."
         )
 
 
@@ -171,14 +230,14 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _check(checkpoint: Checkpoint, notes: Any) -> None:
+def _check(checkpoint: Checkpoint, model: nn.Module, notes: Any) -> None:
+    """What transformers tells of loading: nothing made up, nothing of another shape or left over.
+
+    Tensors that the model has no use for are none of its business, unless they are layers.
+    """
     missing = sorted(notes["missing_keys"])
     if missing:
-        raise ModelFileError(
-            f"{checkpoint.path}: {checkpoint.architecture} needs {missing[0]}, which the files do"
-            f" not hold ({len(missing)} missing in all); the download is incomplete or the"
-            " architecture in config.json is another."
-        )
+        raise lacking(checkpoint, missing)
     wrong = sorted(str(w[0]) for w in notes["mismatched_keys"])
     if wrong:
         shapes = next(tuple(w[1:3]) for w in notes["mismatched_keys"] if str(w[0]) == wrong[0])
@@ -186,6 +245,26 @@ def _check(checkpoint: Checkpoint, notes: Any) -> None:
             f"{checkpoint.path}: {wrong[0]} has the shape {list(shapes[0])}, config.json asks for"
             f" {list(shapes[1])} (labels or vocabulary?); correct config.json."
         )
+    known = {_unnumbered(name) for name in model.state_dict()}
+    more = sorted(name for name in notes["unexpected_keys"] if _unnumbered(name) in known)
+    if more:
+        raise ModelFileError(
+            f"{checkpoint.path}: the files hold {more[0]}, config.json describes only"
+            f" {checkpoint.layers} layers; correct config.json."
+        )
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def lacking(checkpoint: Checkpoint, missing: Sequence[str]) -> ModelFileError:
+    """The error for a model that needs tensors which its files do not hold."""
+    return ModelFileError(
+        f"{checkpoint.path}: {checkpoint.architecture} needs {missing[0]}, which the files do not"
+        f" hold ({len(missing)} missing in all); the download is incomplete or the architecture in"
+        " config.json is another."
+    )
 
 
 def _placed(model: Any, device: torch.device, path: Path) -> nn.Module:
@@ -201,6 +280,9 @@ def _unknown(checkpoint: Checkpoint, error: Exception) -> ModelFileError:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """Of the error that is at the bottom of it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+    return lines[0].strip().rstrip(".:") if lines else type(error).__name__
