@@ -47,8 +47,8 @@ class Block:
 
 def save(path: Path, subjects: Sequence[Subject], rows: Sequence[Sequence[Listed]]) -> None:
     """Write the script and what it reads. Raises UsageError, WriteError, ArtifactError."""
-    blocks = []
-    for i, (subject, listed) in enumerate(zip(subjects, rows, strict=True), 1):
+    headers, blocks = [s.header for s in subjects], []  # refuses other models than GGUF files
+    for i, (subject, header, listed) in enumerate(zip(subjects, headers, rows, strict=True), 1):
         stem = f"{path.stem}.{i}" if len(subjects) > 1 else path.stem
         held_out, matrix = subject.held_out, subject.matrix
         whole = text.load(subject.setting.eval_text or ["builtin"], "evaluation")
@@ -58,7 +58,7 @@ def save(path: Path, subjects: Sequence[Subject], rows: Sequence[Sequence[Listed
         if matrix:
             _copied(matrix, path.with_name(names[1]))
         facts = held_out.facts
-        blocks.append(Block(subject.header, listed, facts.ctx, facts.windows, *names))
+        blocks.append(Block(header, listed, facts.ctx, facts.windows, *names))
     write_text(path, of(blocks, path.stem, subjects[0].model.threads))
     path.chmod(0o755)
 

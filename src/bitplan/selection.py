@@ -18,7 +18,6 @@ SHAPES = "a number (3, or -1 for the last), '0-3', 'first 4', 'last 25%', 'even'
 
 _RANGE = re.compile(r"^(\d+)\s*-\s*(\d+)$")
 _PART = re.compile(r"^(first|middle|last)\s+(\d+(?:\.\d+)?)\s*(%?)$")
-_OUTSIDE = {"embedding": "token_embd", "output": "output"}
 
 
 def check_layers(term: int | str) -> None:
@@ -98,10 +97,19 @@ def by_module(units: Iterable[Unit], module: str) -> list[Unit]:
 
 def outside(units: Iterable[Unit], what: str) -> list[Unit]:
     """Units outside the layers: `embedding`, `output` or `all`. Raises UsageError for none."""
-    every = [u for u in units if u.layer is None]
-    found = [u for u in every if what == "all" or u.role == _OUTSIDE[what]]
+    ordered = list(units)
+    every = [u for u in ordered if u.layer is None]
+    found = [u for u in every if what == "all" or what == _place(u, ordered)]
     if not found and what == "output" and every:
         raise UsageError("this model's output is its embedding (tied); write 'embedding'.")
     if not found:
         raise UsageError(f"this model has no {what!r} tensor that can change format.")
     return found
+
+
+def _place(unit: Unit, ordered: Sequence[Unit]) -> str:
+    """`embedding`; `output` for what comes after the layers, a classifier's head too."""
+    if unit.is_embedding or unit.role == "token_embd":
+        return "embedding"
+    last = max((i for i, u in enumerate(ordered) if u.layer is not None), default=-1)
+    return "output" if ordered.index(unit) > last else ""

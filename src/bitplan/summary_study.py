@@ -50,7 +50,7 @@ def _head(results: Results) -> str:
     """The answer, and under it what it rests on."""
     models = ", ".join(m.name for m in results.models)
     texts = results.texts[:1]
-    on = "".join(f" on {t.windows} windows of {t.ctx} tokens ({t.source})" for t in texts)
+    on = "".join(f" on {study_story.basis(results, t)} ({t.source})" for t in texts)
     count = sum(v.how != "reference" for v in results.variants)
     basis = f"{results.study}: {count} variants of {models}{on}"
     return f"{_wrapped(results.story.headline)}\n{_wrapped(basis)}"

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from bitplan.artifacts import Measurement
+from bitplan.artifacts import Measurement, TextFacts
 from bitplan.budget import human
 from bitplan.reporting.wording import measurement, plain, ranges, sig, with_error
 from bitplan.results import Chart, Finding, Mix, Results, Table, VariantFacts
@@ -105,13 +105,35 @@ def steps(results: Results) -> list[Step]:
         ),
         Step(_many(len(own), "variant"), _kinds(own)),
         Step("Rounded in memory", f"weights change in the loaded model{also}"),
-        Step(
-            "Same windows",
-            f"{text.windows} of {text.ctx} tokens from {text.source}" if text else "",
-        ),
-        Step("Paired figures", "perplexity and KL from the reference, token by token"),
+        Step("Same text", f"{basis(results, text)} from {text.source}" if text else ""),
+        Step("Paired figures", _figures(results)),
         Step(_many(len(results.story.findings), "finding"), score(results)),
     ]
+
+
+def by_example(results: Results) -> bool:
+    """Whether its models are classifiers, whose figures are of examples and not of tokens."""
+    return any(v.value("accuracy") is not None for v in results.variants)
+
+
+def basis(results: Results, text: TextFacts) -> str:
+    """`8 windows of 512 tokens`: how much was read."""
+    if by_example(results):
+        return f"{text.windows:,} examples of at most {text.ctx} tokens"
+    return f"{text.windows:,} windows of {text.ctx} tokens"
+
+
+def _figures(results: Results) -> str:
+    if by_example(results):
+        return "accuracy and KL from the reference, example by example"
+    return "perplexity and KL from the reference, token by token"
+
+
+def change(results: Results) -> str:
+    """What stands under the table of all variants."""
+    if by_example(results):
+        return "Change is accuracy's, in points, against the reference on the same examples."
+    return "Change is perplexity's, against the reference on the same tokens."
 
 
 def _many(count: int, what: str) -> str:
@@ -159,6 +181,10 @@ METRICS = {
     "perplexity": "Perplexity", "perplexity_ratio": "Change", "kl": "KL, nats per token",
     "top1_agreement": "Same most likely token",
 }  # fmt: skip
+OF_EXAMPLES = {
+    "accuracy": "Accuracy", "accuracy_difference": "Change", "kl": "KL, nats per example",
+    "top1_agreement": "Same label",
+}  # fmt: skip
 
 
 def heads(results: Results) -> list[str]:
@@ -170,8 +196,7 @@ def _metrics(results: Results) -> list[tuple[bool, str, str]]:
     """(from files, metric, title) of what was measured of at least one variant."""
     swap = {m.metric for v in results.variants for m in v.measurements}
     real = {m.metric for v in results.variants for m in v.by_file}
-    swap |= {m for m in swap if m.startswith("accuracy:")}
-    titles = METRICS | {
+    titles = (OF_EXAMPLES if by_example(results) else METRICS) | {
         m: f"Accuracy, {m.removeprefix('accuracy:')}" for m in sorted(swap) if ":" in m
     }
     found = [(False, m, t) for m, t in titles.items() if m in swap]
@@ -198,6 +223,8 @@ def _cell(measurements: list[Measurement], metric: str) -> str:
         return ""
     if metric == "perplexity_ratio" and math.isfinite(one.value):
         return f"{with_signed(100 * (one.value - 1), 100 * (one.stderr or 0.0))} %"
+    if metric == "accuracy_difference":
+        return f"{with_signed(100 * one.value, 100 * (one.stderr or 0.0))} points"
     return measurement(metric, one.value, one.stderr)
 
 

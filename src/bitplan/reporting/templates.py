@@ -27,6 +27,7 @@ def environment(**options: Any) -> Environment:
         "size": human,
         "sig": wording.sig,
         "percent": wording.percent,
+        "engine": wording.engine,
     }
     made.globals |= {"shown": wording.measurement}
     return made

@@ -57,12 +57,17 @@ def measurement(metric: str, value: float, stderr: float | None = None) -> str:
         return human(value)
     if metric == "bpw":
         return f"{value:.2f}"
-    if metric == "top1_agreement" or metric.startswith("accuracy:"):
+    if metric in ("top1_agreement", "accuracy") or metric.startswith("accuracy:"):
         error = f" ± {100 * stderr:.2g} %" if stderr else ""
         return f"{100 * value:.1f} %{error}"
     if metric in PER_SECOND:
         return f"{value:,.0f}" if value >= 100 else sig(value)
     return with_error(value, stderr)
+
+
+def engine(version: str) -> str:
+    """`llama-cpp-python 0.3.36`, of which artefacts keep the number; other runtimes say all."""
+    return f"llama-cpp-python {version}" if version[:1].isdigit() else version
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from bitplan import formats, selection
 from bitplan.budget import human
-from bitplan.errors import UsageError
+from bitplan.errors import UnknownNameError, UsageError
 from bitplan.located import Where
 from bitplan.own_study import Options, Rule
 from bitplan.reporting.wording import with_error
@@ -42,7 +42,10 @@ def _variant(subject: Subject, options: Options, index: int) -> Variant:
     own = options.variants[index]
     where: Where = ("variants", index)
     base = own.base or options.base
-    types = subject.base(base) if base else {}
+    try:
+        types = subject.base(base) if base else {}
+    except UnknownNameError as error:  # a preset, which only GGUF files have
+        raise options.error((*where, "base") if own.base else ("base",), str(error)) from None
     for i, rule in enumerate(own.rules):
         fmt = formats.get(rule.format)
         for unit in _matched(subject, options, rule, (*where, "rules", i)):

@@ -57,6 +57,7 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
     """0 to all layers in the low format. Raises UsageError where memory cannot be measured."""
     if sys.platform == "win32":
         raise UsageError("the memory study needs Linux or macOS: Windows counts memory otherwise.")
+    _ = subject.header  # files are written and opened by llama.cpp: refuses other models
     if options.steps < 0 or options.context < 1:
         raise UsageError("--steps must not be negative, --context 1 or more.")
     scorers.get(options.order)

@@ -44,7 +44,11 @@ class Options(Record):
 
 
 def variants(subject: Subject, options: Options) -> list[Variant]:
-    """Ten strategies as meant; with `as_published` also as their patterns hit, if that differs."""
+    """Ten strategies as meant; with `as_published` also as their patterns hit, if that differs.
+
+    Raises UsageError for a model that is no GGUF file.
+    """
+    _ = subject.header  # presets and commands are llama.cpp's: refuses other models
     base, high = subject.base(options.base), subject.everywhere(options.protected)
     found = []
     for step, strategy in enumerate(strategies(subject.layers)):
