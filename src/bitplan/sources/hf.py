@@ -5,13 +5,14 @@ Units come from the architecture without weights, so nothing is loaded before `o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitplan import checkpoint, formats, gguf_file, identity, preflight, units
+from bitplan import checkpoint, formats, gguf_file, identity, preflight, removal, units
 from bitplan.artifacts import ModelFacts
 from bitplan.checkpoint import Checkpoint
 from bitplan.errors import RuntimeFailure, UsageError
@@ -81,29 +82,40 @@ class HfSource:
         return units.everywhere(self.units(), name)
 
     def size(self, types: Mapping[str, str], removed: Collection[int]) -> tuple[int, int]:
-        """Bytes of the model so stored: tensors' data exact, metadata as the reference has it."""
-        found = self.units()
-        own = sum(t.nbytes for u in found for t in u.tensors)
-        left = [u for u in found if u.layer not in removed]
-        data = sum(u.stored(types) for u in left)
-        gone = self._others(removed)
-        rest = sum(t.nbytes for t in self._on_disk) - own
-        return self.nbytes - own + data - gone, rest + data - gone
+        """Bytes of the model so stored: tensors' data exact, metadata as the reference has it.
+
+        What no type is named for counts as it is opened: of a GGUF file, in PyTorch's type.
+        """
+        whole = sum(t.nbytes for t in self._on_disk)
+        if not types and not removed:
+            return self.nbytes, whole
+        data = sum(u.stored(types) for u in self.units() if u.layer not in removed)
+        data += self._rest(removed)
+        return self.nbytes - whole + data, data
 
     @property
     def _on_disk(self) -> Sequence[Tensor]:
         return gguf_file.read(self.path).tensors if self._is_gguf else self.checkpoint.tensors
 
-    def _others(self, removed: Collection[int]) -> int:
-        """Bytes of norms and biases of layers that are left out."""
-        if not removed or self._is_gguf:
-            return 0
-        own = {t.name for u in self.units() for t in u.tensors}
-        parts = [f"{self.layout.block(i).split('.', 1)[-1]}." for i in removed]
-        return sum(
-            t.nbytes for t in self.checkpoint.tensors
-            if t.name not in own and any(p in t.name for p in parts)
-        )  # fmt: skip
+    def _rest(self, removed: Collection[int]) -> int:
+        """Bytes on disk of what is in no unit (norms, biases), without these layers'.
+
+        Counted as a difference: experts are stored one by one and opened in one piece.
+        """
+        own = units.find(gguf_file.read(self.path)) if self._is_gguf else self.units()
+        left = (t for t in self._on_disk if self._layer(t.name) not in removed)
+        matrices = (t for u in own if u.layer not in removed for t in u.tensors)
+        return sum(t.nbytes for t in left) - sum(t.nbytes for t in matrices)
+
+    def _layer(self, name: str) -> int | None:
+        """The layer that a stored tensor belongs to; of `transformer.h.3.ln_1.weight` checkpoints
+        may leave out the first part."""
+        if self._is_gguf:
+            return removal.layer_of(name)
+        blocks = self.layout.blocks
+        starts = "|".join(re.escape(b) for b in (blocks, blocks.partition(".")[2]) if b)
+        match = re.match(rf"(?:{starts})\.(\d+)\.", name)
+        return int(match[1]) if match else None
 
     def check(self) -> None:
         """Also that no weight is NaN or infinite: one would spoil every figure after hours."""
