@@ -22,7 +22,7 @@ from torch import nn
 from bitplan import checkpoint, formats, gguf_file, identity, machine
 from bitplan.artifacts import ModelFacts
 from bitplan.formats import Format
-from bitplan.runtimes.hf import batches, layout, opening, rounding, stream
+from bitplan.runtimes.hf import batches, encoding, layout, opening, rounding, stream
 from bitplan.runtimes.hf import capture as capturing
 from bitplan.runtimes.hf.weights import Weights
 from bitplan.runtimes.statistics import Captured
@@ -63,6 +63,8 @@ class HfModel:
         self.layout = layout.find(self.model, self.config, self.path)
         self.weights = Weights(self.model, self.layout, self.threads)
         self.is_classifier = type(self.model).__name__.endswith("ForSequenceClassification")
+        names = self.config.id2label if self.is_classifier else {}
+        self.label_names: Mapping[str, int] = {str(name): int(i) for i, name in names.items()}
         self.n_vocab = int(self.config.num_labels if self.is_classifier else self._rows())
         if not self.is_classifier:
             opening.check_vocabulary(self.path, self.tokenizer, self.n_vocab)
@@ -170,12 +172,8 @@ class HfModel:
 
     def encode(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
         """Examples of a classifier (one text, or a pair) -> token ids, at most `ctx` of each."""
-        first = [t if isinstance(t, str) else t[0] for t in texts]
-        second = [t[1] for t in texts if not isinstance(t, str)] or None
-        most = min(self.ctx, int(getattr(self.config, "max_position_embeddings", self.ctx)))
-        with opening.quiet():
-            found = self.tokenizer(first, second, truncation=True, max_length=most)
-        return [list(ids) for ids in found["input_ids"]]
+        most = min(self.ctx, encoding.longest(self.model, self.tokenizer))
+        return encoding.encode(self.tokenizer, texts, most)
 
     def text_bytes(self, tokens: Rows) -> int:
         """Bytes of text that these tokens stand for; special tokens stand for none."""
@@ -217,11 +215,12 @@ class HfModel:
 
     def _classified(self, rows: Rows) -> torch.Tensor:
         ids, mask = batches.padded(rows, int(self.tokenizer.pad_token_id or 0))
-        out = self.model(
-            input_ids=torch.from_numpy(ids).to(self._device),
-            attention_mask=torch.from_numpy(mask).to(self._device),
-        )
-        return out.logits[:, None]
+        given = {"input_ids": ids, "attention_mask": mask}
+        if encoding.has_segments(self.model, self.tokenizer):
+            end = int(self.tokenizer.sep_token_id)
+            given["token_type_ids"] = batches.segments(ids, mask, end)
+        moved = {name: torch.from_numpy(v).to(self._device) for name, v in given.items()}
+        return self.model(**moved).logits[:, None]
 
     @contextlib.contextmanager
     def _streaming(self, rows: Rows) -> Iterator[None]:
