@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitplan import examples, hub_data, tables
+from bitplan import examples, hub_data, tables, text
 from bitplan.errors import BitplanError, TextError, UsageError
 from bitplan.examples import load
 from bitplan.labelled import NAMES, Example, Text
@@ -401,7 +401,7 @@ def test_each_purpose_has_a_split_of_its_own(tmp_path: Path) -> None:
 
 
 def test_which_sources_have_parts_of_their_own() -> None:
-    parted = {s: examples.is_parted(s) for s in ("builtin", "hub:a/b", "hub:a/b:test", "a.tsv")}
+    parted = {s: text.is_parted(s) for s in ("builtin", "hub:a/b", "hub:a/b:test", "a.tsv")}
     assert parted == {"builtin": True, "hub:a/b": True, "hub:a/b:test": False, "a.tsv": False}
     with pytest.raises(BitplanError):
-        examples.is_parted("hub:a")
+        text.is_parted("hub:a")

@@ -51,13 +51,6 @@ def load(
     return found
 
 
-def is_parted(source: str) -> bool:
-    """Whether calibration and figures read different parts of this source by themselves."""
-    if source.startswith(hub_data.PREFIX):
-        return not hub_data.parse(source).split
-    return source in ("builtin", "wikitext2")
-
-
 def windows(
     sources: Sequence[str],
     purpose: Part,

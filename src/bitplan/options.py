@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitplan import budget, formats, hub, text
+from bitplan import budget, formats, hub, hub_data, text
 from bitplan.artifacts import Budget, ModelFacts, Plan, load
 from bitplan.demo import corpus
 from bitplan.errors import ImatrixError, UnknownNameError, UsageError, WriteError
@@ -87,6 +87,14 @@ RuntimeName = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="hf: cpu, cuda, mps; auto takes the fastest.")]
 Dtype = Annotated[str, typer.Option(help="hf: float32, float16, bfloat16; auto: as stored.")]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="hf: read the model block by block. [default: where it does not fit in memory]",
+        show_default=False,
+    ),
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="hf: run Python code that the model brings.")
 ]
@@ -162,7 +170,7 @@ def seen(
     calibration leaves nothing, or reads a file from an earlier place on than the figures do.
     """
     own, other = _files(sources), _files(evaluation)
-    both = [f for f in other if f in own and f not in _PARTED]
+    both = [f for f in other if f in own and not text.is_parted(f)]
     if both and not windows:
         raise UsageError(
             "--windows 0 calibrates on the whole text, so none is left for the figures; name"
@@ -177,12 +185,14 @@ def seen(
     return max(windows, matrix) if both else 0
 
 
-_PARTED = ("builtin", "wikitext2")
-
-
 def _files(sources: Sequence[str] | None) -> list[str]:
     """Each source so that the same file has one name."""
-    return [s if s in _PARTED else str(Path(s).resolve()) for s in sources or ["builtin"]]
+    return [s if _is_named(s) else str(Path(s).resolve()) for s in sources or ["builtin"]]
+
+
+def _is_named(source: str) -> bool:
+    """Whether it is no file: a text or data set that goes by a name."""
+    return text.is_parted(source) or source.startswith(hub_data.PREFIX)
 
 
 def candidates(names: str, with_imatrix: bool, gguf: bool = True) -> list[Format]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from bitplan import hub_data
 from bitplan.artifacts import TextFacts
 from bitplan.demo import corpus
 from bitplan.errors import TextError
@@ -81,6 +82,13 @@ def _wikitext2(member: str) -> str:
             f"wikitext2 is neither at {local} nor on the hub ({type(error).__name__}); put"
             f" {member} there, set BITPLAN_DATA, or use --text builtin."
         ) from None
+
+
+def is_parted(source: str) -> bool:
+    """Whether calibration and figures read different parts of this source by themselves."""
+    if source.startswith(hub_data.PREFIX):
+        return not hub_data.parse(source).split
+    return source in ("builtin", "wikitext2")
 
 
 def label(sources: Sequence[str] | None, purpose: corpus.Part) -> str:
