@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic.functional_validators import AfterValidator
 
-from bitplan import formats, located, selection
+from bitplan import formats, located, schemes, selection
 from bitplan.artifacts import Record
 from bitplan.errors import UnknownNameError, UsageError
 from bitplan.located import Located, Where
@@ -53,9 +53,12 @@ def _checked(check: Callable[[Any], Any]) -> AfterValidator:
 def _base(name: str) -> None:
     from bitplan import presets  # heavy
 
-    known = {*formats.FORMATS, *(n.lower() for n in presets.FTYPES)}
-    if name.lower() not in known:
-        raise UnknownNameError("format or preset", name, known)
+    mixtures = [n.lower() for n in presets.FTYPES]
+    try:
+        _ = name.lower() in mixtures or formats.get(name)
+    except UnknownNameError:
+        known = {*formats.FORMATS, *mixtures, *schemes.SUGGESTED}
+        raise UnknownNameError("format or preset", name, known) from None
 
 
 def _layers(terms: list[Any]) -> None:
