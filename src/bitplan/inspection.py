@@ -1,6 +1,7 @@
-"""What is in a model file, tensor by tensor; and whether it is what a plan says.
+"""What is in a model, tensor by tensor; and whether a file is what a plan says.
 
-Reads a .gguf file's checked header and, for the check, the file once more with gguf-py.
+Reads a .gguf file's checked header, or a checkpoint's (without torch), and, for the check of a
+.gguf file, the file once more with gguf-py.
 """
 
 from __future__ import annotations
@@ -10,60 +11,79 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitplan import units
+from bitplan import checkpoint, gguf_file, units
 from bitplan.artifacts import Plan
 from bitplan.budget import human
-from bitplan.gguf_file import Header, read
+from bitplan.checkpoint import Checkpoint
+from bitplan.errors import UsageError
+from bitplan.gguf_file import Header
 from bitplan.tensors import Tensor
 from bitplan.writers import gguf
 
 
 @dataclass(frozen=True)
 class Found:
-    """A model file as it was found."""
+    """A model file, or a folder of safetensors, as it was found."""
 
-    header: Header
+    model: Header | Checkpoint
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the file says of itself: of a folder config.json."""
+        return self.model.metadata if isinstance(self.model, Header) else self.model.config
+
+    @property
+    def layers(self) -> int:
+        m = self.model
+        return m.number("block_count") if isinstance(m, Header) else m.layers
+
+    @property
+    def tied(self) -> bool:
+        """Whether the token embedding also serves as the output matrix."""
+        return units.tied(self.model) if isinstance(self.model, Header) else self.model.tied
 
     def document(self) -> dict[str, Any]:
         """For `--json`."""
-        h = self.header
+        m = self.model
         return {
-            "file": str(h.path),
-            "architecture": h.architecture,
-            "bytes": h.size,
-            "bpw": 8 * h.size / h.weights,
-            "weights": h.weights,
-            "tied": units.tied(h),
-            "shards": len(h.shards),
-            "metadata": h.metadata,
+            "file": str(m.path),
+            "architecture": m.architecture,
+            "bytes": m.size,
+            "bpw": 8 * m.size / m.weights,
+            "weights": m.weights,
+            "tied": self.tied,
+            "shards": len(m.shards),
+            "metadata": self.metadata,
             "tensors": [
                 {"name": t.name, "shape": list(t.shape), "format": t.fmt.name, "bytes": t.nbytes}
-                for t in h.tensors
+                for t in m.tensors
             ],
         }
 
 
 def look(path: Path) -> Found:
-    """Read and check a file's header. Raises ModelFileError."""
-    return Found(read(path))
+    """Read and check a file's header, or those of a folder. Raises ModelFileError."""
+    return Found(checkpoint.read(path) if path.is_dir() else gguf_file.read(path))
 
 
 def check(found: Found, plan: Plan) -> None:
-    """Every tensor's type and the size against a plan. Raises WriteError for a difference."""
-    gguf.verify(found.header.shards, plan.tensors, plan.bytes)
+    """Every tensor's type and the size against a plan. Raises WriteError for a difference,
+    UsageError for what is no GGUF file."""
+    if not isinstance(found.model, Header):
+        raise UsageError(f"{found.model.path}: plans are checked against .gguf files; name one.")
+    gguf.verify(found.model.shards, plan.tensors, plan.bytes)
 
 
 def text(found: Found, checked: bool = False) -> str:
     """A page for people, 80 columns: totals, formats, then a row per layer."""
-    h = found.header
+    m = found.model
     lines = [
-        f"{h.path.name}: {h.architecture}, {h.number('block_count')} layers,"
-        f" {h.weights / 1e6:,.1f} M weights, {human(h.size)},"
-        f" {8 * h.size / h.weights:.2f} bits per weight",
+        f"{m.path.name}: {m.architecture}, {found.layers} layers, {m.weights / 1e6:,.1f} M weights,"
+        f" {human(m.size)}, {8 * m.size / m.weights:.2f} bits per weight",
     ]
-    if units.tied(h):
+    if found.tied:
         lines.append("token embedding and output share one matrix")
-    lines += ["", *_formats(h.tensors), "", *_layers(h)]
+    lines += ["", *_formats(m.tensors), "", *_layers(m.tensors)]
     if checked:
         lines += ["", "every tensor and the size are as planned"]
     return "\n".join(lines)
@@ -83,11 +103,11 @@ def _formats(tensors: tuple[Tensor, ...]) -> list[str]:
     return lines
 
 
-def _layers(header: Header) -> list[str]:
+def _layers(tensors: tuple[Tensor, ...]) -> list[str]:
     rows: dict[str, list[str]] = {}
-    for t in header.tensors:
+    for t in tensors:
         if units.quantizable(t):
-            layer, role = units.layer_and_role(t.name)
+            layer, role = units.place_of(t.name)
             row = rows.setdefault("outside" if layer is None else f"layer {layer}", [])
             row.append(f"{role} {t.fmt.name}")
     return [line for name, row in rows.items() for line in _wrapped(name, row)]
