@@ -25,6 +25,8 @@ from bitplan.units import Grouping, Unit, module_of
 EXCEPTIONS: dict[str, str] = {
     "albert": "its layers share one set of weights",
     "gemma3n_text": "its layers take inputs of their own beside the stream",
+    "llama4": "its experts are multiplied all at once",
+    "llama4_text": "its experts are multiplied all at once",
     "t5": "it is an encoder and a decoder in one",
     "bart": "it is an encoder and a decoder in one",
 }
@@ -32,6 +34,9 @@ EXCEPTIONS: dict[str, str] = {
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Last names of matrices that choose experts: small, and never rounded."""
+
+MOST_MISSED = 0.2
+"""Share of the blocks' parameters that may be no weights: norms, biases, routers, convolutions."""
 
 _FORMATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -103,7 +108,9 @@ class Layout:
         role = self.role(first)
         if len(tensors) > 1:
             role = "layer" if name == self.block(self.layer_of(first) or 0) else module_of(role)
-        return Unit(name, tuple(tensors), self.layer_of(first), role, alignment=1)
+        embeds = first == self.embedding
+        layer = self.layer_of(first)
+        return Unit(name, tuple(tensors), layer, role, alignment=1, is_embedding=embeds)
 
 
 def find(model: nn.Module, config: Any, path: Path) -> Layout:
@@ -113,6 +120,8 @@ def find(model: nn.Module, config: Any, path: Path) -> Layout:
         raise ModelFileError(
             f"{path}: models of type {kind!r} are not handled: {EXCEPTIONS[kind]}."
         )
+    if getattr(config.get_text_config(), "num_kv_shared_layers", 0):
+        raise ModelFileError(f"{path}: its layers take keys and values of others: not handled.")
     blocks, count = _blocks(model, config, path)
     embedding = model.get_input_embeddings().weight
     names = {id(p): n for n, p in model.named_parameters()}  # a tied one by its first name
@@ -120,11 +129,32 @@ def find(model: nn.Module, config: Any, path: Path) -> Layout:
     tied = head is not None and head.weight is embedding
     first = names[id(embedding)]
     found = {first: _weight(first, embedding, path)}
+    inside = blocks.rpartition(".")[0]  # beside it there may be a tower for pictures
     for parameter, transposed in _linear(model):
         name = names[id(parameter)]
-        if name not in found:
-            found[name] = _weight(name, parameter, path, transposed)
-    return Layout(blocks, count, found, first, tied)
+        if head is None or parameter is head.weight or name.startswith(inside):
+            found.setdefault(name, _weight(name, parameter, path, transposed))
+    layout = Layout(blocks, count, found, first, tied)
+    _check(model, layout, path)
+    return layout
+
+
+def _check(model: nn.Module, layout: Layout, path: Path) -> None:
+    """Raises ModelFileError for blocks that share weights, or hold large ones of unknown kinds."""
+    layers: dict[int, set[int | None]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        layers.setdefault(id(parameter), set()).add(layout.layer_of(name))
+    if any(len(places) > 1 for places in layers.values() if places - {None}):
+        raise ModelFileError(
+            f"{path}: blocks of {type(model).__name__} share weights: not handled."
+        )
+    sizes = {n: p.numel() for n, p in model.named_parameters() if layout.layer_of(n) is not None}
+    missed = {n: size for n, size in sizes.items() if n not in layout.weights}
+    if sum(missed.values()) > MOST_MISSED * sum(sizes.values()):
+        raise ModelFileError(
+            f"{path}: bitplan does not know how {type(model).__name__} multiplies by"
+            f" {max(missed, key=missed.__getitem__)}, so most of it would never be rounded."
+        )
 
 
 def _blocks(model: nn.Module, config: Any, path: Path) -> tuple[str, int]:
