@@ -160,19 +160,25 @@ def fallbacks(subject: Subject, names: Collection[str]) -> list[str]:
     return found
 
 
+_COMPUTED = (
+    "Sizes are what its tensors take then, with the original's metadata; no file is written."
+)
+
+
 def around(subject: Subject, name: str) -> str:
-    """What is stored how outside the layers, when `name` is the format asked for there."""
+    """How it is stored outside the layers, when `name` is asked for there; and what sizes mean."""
     fmt = formats.get(name)
     outside = [u for u in subject.units if u.layer is None]
     kept = [u for u in outside if u.keeps(fmt)]
+    size = "" if subject.has_presets else f" {_COMPUTED}"
     if not kept:
-        return f"Embedding and output stay in {name} in every variant."
+        return f"Embedding and output stay in {name} in every variant.{size}"
     tied = " (it is the output too)" if subject.facts.tied else ""
     own = ", ".join(sorted({t.fmt.name for u in kept for t in u.tensors}))
     text = f"The embedding{tied} keeps its own {own} in every variant, because engines load"
     text += f" {fmt.name} for linear layers only"
     others = ", ".join(u.role for u in outside if u not in kept)
-    return f"{text}; {others}: {name}." if others else f"{text}."
+    return f"{text}; {others}: {name}.{size}" if others else f"{text}.{size}"
 
 
 # --- what is kept -----------------------------------------------------------------------------
