@@ -15,11 +15,24 @@ def available_cores() -> int:
 
 def available_memory() -> int | None:
     """Bytes of memory free for use; None where the system does not say."""
+    return _told("/proc/meminfo", "MemAvailable:")
+
+
+def resident_memory() -> int | None:
+    """Bytes of this process that are in memory now; None where the system does not say."""
+    return _told("/proc/self/status", "VmRSS:")
+
+
+def peak_memory() -> int | None:
+    """The most that `resident_memory` was since the process began; None as there."""
+    return _told("/proc/self/status", "VmHWM:")
+
+
+def _told(path: str, key: str) -> int | None:
+    """Bytes that the kernel tells, in kB, in a line that begins with `key`."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+        with open(path, encoding="utf-8") as file:
+            found = [line.split()[1] for line in file if line.startswith(key)]
     except OSError:
         return None
-    return None
+    return int(found[0]) * 1024 if found else None

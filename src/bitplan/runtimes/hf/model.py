@@ -18,17 +18,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from bitplan import checkpoint, formats, gguf_file, identity, machine
 from bitplan.artifacts import ModelFacts
 from bitplan.formats import Format
 from bitplan.runtimes.hf import batches, encoding, layout, opening, rounding, stream
 from bitplan.runtimes.hf import capture as capturing
+from bitplan.runtimes.hf import walk as walking
+from bitplan.runtimes.hf.rows import flat
 from bitplan.runtimes.hf.weights import Weights
 from bitplan.runtimes.statistics import Captured
 from bitplan.units import Grouping, Unit
 
 Rows = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float32]
 
 BATCH = 2048  # tokens of one run
@@ -60,6 +64,7 @@ class HfModel:
         self._device, self._dtype, self._trust = opening.device_of(device), dtype, trust
         self.model, self.tokenizer = self._opened()
         self.config: Any = self.model.config
+        self.config.use_cache = False  # runs are whole ones, and a walk runs blocks again
         self.layout = layout.find(self.model, self.config, self.path)
         self.weights = Weights(self.model, self.layout, self.threads)
         self.is_classifier = type(self.model).__name__.endswith("ForSequenceClassification")
@@ -101,7 +106,7 @@ class HfModel:
     def close(self) -> None:
         self._stream.kept.clear()
 
-    def __enter__(self) -> HfModel:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -186,7 +191,7 @@ class HfModel:
         """Next-token logits of each window's scored positions, [positions, vocabulary] float32;
         of a classifier [1, labels]. Runs the model as it stands (also with weights rounded).
         """
-        groups = batches.by_length(windows, BATCH) if self.is_classifier else self._groups(windows)
+        groups = self._groups(windows)
         self._stream.plan_room(windows.size * self._hidden_bytes)
         if not self.is_classifier:
             for group in groups:
@@ -197,21 +202,43 @@ class HfModel:
             found[group] = self._run(windows[group])
         yield from found
 
+    def walk(self, windows: Rows) -> Iterator[walking.Step]:
+        """Each block in turn, with its inputs for all windows, and what lies before and after."""
+        groups = self._groups(windows)
+        masks = [batches.mask(windows[g]) if self.is_classifier else None for g in groups]
+        rows = [walking.Batch(windows[g], mask) for g, mask in zip(groups, masks, strict=True)]
+        return walking.walk(self._walked(), rows)
+
+    def _walked(self) -> walking.Walked:
+        return walking.Walked(
+            self.model, self.layout, self._stream, self._forward, self._loaded, self.rounded,
+            held=lambda: bool(self.weights.held or self._skipped),
+        )  # fmt: skip
+
+    def _loaded(self, layer: int) -> contextlib.AbstractContextManager[None]:
+        """Within it the weights of one stage of a walk are in memory; here they always are."""
+        return contextlib.nullcontext()
+
     def _groups(self, windows: Rows) -> list[npt.NDArray[np.intp]]:
+        """Numbers of the windows that run together."""
+        if self.is_classifier:
+            return batches.by_length(windows, BATCH)
         every = np.arange(len(windows))
         return [every[i : i + self.parallel] for i in range(0, len(every), self.parallel)]
 
     def _run(self, rows: Rows) -> Array:
         """[n, positions, vocabulary] of these rows, in one pass of the model."""
         with torch.no_grad(), self._streaming(rows):
-            if self.is_classifier:
-                found = self._classified(rows)
-            else:
-                ids = torch.from_numpy(rows.astype(np.int64)).to(self._device)
-                keep = {"logits_to_keep": self.positions + 1} if self._keeps else {}
-                out = self.model(input_ids=ids, use_cache=False, **keep).logits
-                found = out[:, -self.positions - 1 : -1]
+            found = self._forward(rows)
         return np.asarray(found.float().cpu().numpy(), np.float32)
+
+    def _forward(self, rows: Rows) -> torch.Tensor:
+        if self.is_classifier:
+            return self._classified(rows)
+        ids = torch.from_numpy(rows.astype(np.int64)).to(self._device)
+        keep = {"logits_to_keep": self.positions + 1} if self._keeps else {}
+        out = self.model(input_ids=ids, use_cache=False, **keep).logits
+        return out[:, -self.positions - 1 : -1]
 
     def _classified(self, rows: Rows) -> torch.Tensor:
         ids, mask = batches.padded(rows, int(self.tokenizer.pad_token_id or 0))
@@ -277,15 +304,7 @@ class HfModel:
 
     def original(self, tensor: str, most_rows: int | None = None) -> tuple[Array, int]:
         """The reference's weights [rows, row] in float32, and how many matrices (experts)."""
-        values = self.weights.original(tensor)
-        matrices = values.shape[0] if values.dim() == 3 else 1
-        if most_rows is not None:
-            per = values.shape[-2]
-            kept = min(per, max(1, most_rows // matrices))
-            rows = torch.from_numpy(np.linspace(0, per - 1, kept).astype(np.int64))
-            values = values.index_select(-2, rows.to(values.device))
-        flat = values.reshape(-1, values.shape[-1]).float().cpu()
-        return np.asarray(flat.numpy(), np.float32), matrices
+        return flat(self.weights.original(tensor), most_rows)
 
     def round(
         self, weights: Array, fmt: Format, importance: Array | None = None, matrices: int = 1
@@ -308,7 +327,7 @@ class HfModel:
         """
         sums = Captured()
         wanted = "second_moments" in what
-        groups = batches.by_length(windows, BATCH) if self.is_classifier else self._groups(windows)
+        groups = self._groups(windows)
         for group in groups:
             rows = windows[group]
             mask = batches.mask(rows) if self.is_classifier else None
