@@ -163,6 +163,21 @@ def test_every_study_runs_with_quanto_integers_and_ggufs_types(
         assert (tmp_path / path).stat().st_size > 0
 
 
+def test_three_levels_are_compared_with_one_even_if_that_is_a_little_larger(
+    decoder: Path, words: Path, tmp_path: Path
+) -> None:
+    """With their scales quanto's formats are not 8, 4 and 2 bits: all in the middle takes more."""
+    result = run("three-level", decoder, words, tmp_path)
+    found = by_name(result)
+    one, three = found["three-levels_0"], found["three-levels_1"]
+    assert one.title == "4 qint4"
+    assert three.bytes < one.bytes < 1.05 * three.bytes
+    told = next(f for f in result.story.findings if f.title == "Three levels against 4 qint4")
+    gap = (three.value("kl") or 0.0) - (one.value("kl") or 0.0)
+    assert told.difference == pytest.approx(gap)
+    assert "in about as many bytes" in told.text
+
+
 def test_a_layer_left_out_is_a_model_without_it(decoder: Path, words: Path, tmp_path: Path) -> None:
     result = run("pruning", decoder, words, tmp_path, orders="position")
     without = hf_models.plain(decoder, "llama")

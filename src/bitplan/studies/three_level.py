@@ -116,7 +116,7 @@ def families(count: int, options: Options) -> dict[str, list[Split]]:
     }
 
 
-# --- what was found ---------------------------------------------------------------------------
+# --- what was found: findings, tables, charts -------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,13 @@ def story(cases: Cases, options: Options) -> Story:
     measured = cases.only
     options = chosen(measured.subject, options)
     rows = _rows(measured, options)
-    findings = _findings([r for r in rows if 0 < 3 * r.x < len(measured.subject.layers)])
+    mixed = [r for r in rows if 0 < 3 * r.x < len(measured.subject.layers)]
+    findings = _findings(mixed, rows[0].three)
     return Story(
         headline=_headline(rows, findings, options),
         findings=findings,
         tables=[_table(rows, measured)],
-        charts=[_kl(measured, rows, options), _quality(measured, rows, options)],
+        charts=_charts(measured, rows, options),
         notes=_notes(measured, options, rows),
     )
 
@@ -163,21 +164,28 @@ def _headline(rows: list[Row], findings: list[Finding], options: Options) -> str
     return f"{start}; {rows[0].three.title}: {with_error(*rows[0].three.kl)}. {findings[0].text}"
 
 
-def _findings(rows: list[Row]) -> list[Finding]:
+def _findings(rows: list[Row], start: Case) -> list[Finding]:
     """Three levels against each simpler choice, averaged over every x where both exist.
 
-    rows: without those where all or no layers are in the middle, which are no three levels.
+    rows: without those where all or no layers are in the middle, which are no three levels. start:
+    all in the middle, the paper's rival, which may take a little more than what is compared.
     """
     best = [(r.three, r.two) for r in rows if r.two]
     found = [_averaged("two levels, the best that fit", [(a, b) for a, b in best if b])]
     for series in dict.fromkeys(s for r in rows for s in r.rivals):
         pairs = [(r.three, r.rivals[series]) for r in rows if series in r.rivals]
         found.append(_averaged(series, pairs))
+    if all(r.rivals[UNIFORM].variant.types != start.variant.types for r in rows):
+        sizes = [human(c.bytes) for c in (start, rows[0].three, rows[-1].three)]
+        where = f"in about as many bytes ({sizes[0]} against {sizes[1]} to {sizes[2]})"
+        found.append(_averaged(start.title, [(r.three, start) for r in rows], where))
     kept = [f for f in found if f is not None]
     return [*kept, _each(rows)]
 
 
-def _averaged(name: str, pairs: list[tuple[Case, Case]]) -> Finding | None:
+def _averaged(
+    name: str, pairs: list[tuple[Case, Case]], size: str = "in no more bytes"
+) -> Finding | None:
     if not pairs:
         return None
     three, rival = (np.mean([p[i].own.kl for p in pairs], axis=0) for i in (0, 1))
@@ -187,9 +195,9 @@ def _averaged(name: str, pairs: list[tuple[Case, Case]]) -> Finding | None:
     figures = f"{sig(float(three.mean()))} against {sig(float(rival.mean()))}, difference"
     figures += f" {with_error(gap, error)} {pairs[0][0].own.per}, {where}"
     verdict = (
-        f"Three levels lose {'more' if gap > 0 else 'less'} than {name} in the same bytes"
+        f"Three levels lose {'more' if gap > 0 else 'less'} than {name}, {size}"
         if shown
-        else f"No difference measured between three levels and {name} in the same bytes"
+        else f"No difference measured between three levels and {name}, {size}"
     )
     return Finding(
         title=f"Three levels against {name}",
@@ -213,9 +221,6 @@ def _each(rows: list[Row]) -> Finding:
         " difference was measured. The rival is picked by the figures that it is compared by,"
         " which favours it a little.",
     )
-
-
-# --- tables and charts ------------------------------------------------------------------------
 
 
 def _table(rows: list[Row], measured: Measured) -> Table:
@@ -250,19 +255,16 @@ def _cells(row: Row, case: Case, start: Case, measured: Measured) -> list[str]:
     ]
 
 
-def _kl(measured: Measured, rows: list[Row], options: Options) -> Chart:
-    axis = f"KL from the reference, {rows[0].three.own.per}"
-    return _chart(measured, rows, options, "kl", axis, lambda case: case.kl)
-
-
-def _quality(measured: Measured, rows: list[Row], options: Options) -> Chart:
-    told, start = quality.of(measured), rows[0].three
-    note = f"Errors are of the difference to {start.title}, on the same {told.each}s."
-    chart = _chart(
-        measured, rows, options, told.name, told.name.capitalize(),
-        lambda case: told.paired(case, start),
+def _charts(measured: Measured, rows: list[Row], options: Options) -> list[Chart]:
+    judged, start = quality.of(measured), rows[0].three
+    axis = f"KL from the reference, {start.own.per}"
+    kl = _chart(measured, rows, options, "kl", axis, lambda case: case.kl)
+    own = _chart(
+        measured, rows, options, judged.name, judged.name.capitalize(),
+        lambda case: judged.paired(case, start),
     )  # fmt: skip
-    return chart.model_copy(update={"note": note})
+    note = f"Errors are of the difference to {start.title}, on the same {judged.each}s."
+    return [kl, own.model_copy(update={"note": note})]
 
 
 def _chart(
