@@ -16,6 +16,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from bitplan.runtimes.hf import HfModel
+
+Rows = npt.NDArray[np.int32]
+
 VOCABULARY, LAYERS, DIM, FFN, LABELS, CTX = 96, 3, 64, 96, 3, 16
 
 _PLAIN: dict[str, Any] = {
@@ -42,6 +46,14 @@ DECODERS: dict[str, dict[str, Any]] = {
         "bos_token_id": 1, "eos_token_id": 2,
     },
     "gpt_neox": _PLAIN,
+    "gptj": {
+        "vocab_size": VOCABULARY, "n_embd": DIM, "n_layer": LAYERS, "n_head": 4, "n_positions": 64,
+        "rotary_dim": 8, "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "bloom": {
+        "vocab_size": VOCABULARY, "hidden_size": DIM, "n_layer": LAYERS, "n_head": 4,
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
     "opt": {**_PLAIN, "ffn_dim": FFN, "word_embed_proj_dim": 32},
     "mixtral": {**_SHARED, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**_SHARED, **_CHOOSING, "shared_expert_intermediate_size": FFN},
@@ -81,7 +93,7 @@ def write(
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(torch.ones_like(noise) * (parameter == 1) + scale * noise)
     model.to(dtype).save_pretrained(folder)
-    tokenizer(folder)
+    tokenizer(folder, config.vocab_size)
     return folder
 
 
@@ -99,10 +111,10 @@ def tokenizer(folder: Path, size: int = VOCABULARY) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
 
 
-def windows(kind: str, count: int, seed: int = 0) -> npt.NDArray[np.int32]:
+def windows(kind: str, count: int, seed: int = 0, vocabulary: int = VOCABULARY) -> Rows:
     """Windows of `CTX` random tokens, or a classifier's examples: [label, tokens, -1 ...]."""
     rng = np.random.default_rng(seed)
-    rows = rng.integers(4, VOCABULARY, (count, CTX), dtype=np.int32)
+    rows = rng.integers(4, vocabulary, (count, CTX), dtype=np.int32)
     rows[:, 0] = 1
     if kind in CLASSIFIERS:
         lengths = rng.integers(4, CTX, count)
@@ -117,3 +129,25 @@ def plain(folder: Path, kind: str) -> Any:
     auto = transformers.AutoModelForSequenceClassification
     chosen = auto if kind in CLASSIFIERS else transformers.AutoModelForCausalLM
     return chosen.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def opened(path: Path, **options: Any) -> HfModel:
+    return HfModel(path, **{"ctx": CTX, "threads": 1, "device": "cpu", **options})
+
+
+def log_chances(model: HfModel, plain: Any, row: Rows) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """log p [positions, vocabulary] of a window with its graph, and the weights to derive by."""
+    own = dict(plain.named_parameters())
+    weights = [own[n].requires_grad_(True) for n in model.layout.weights]
+    if model.is_classifier:
+        ids = torch.from_numpy(row[1:][row[1:] >= 0].astype(np.int64))
+        return plain(ids[None]).logits.log_softmax(-1), weights
+    out = plain(torch.from_numpy(row.astype(np.int64))[None], use_cache=False).logits[0]
+    return out[CTX // 2 : -1].log_softmax(-1), weights
+
+
+def turned(model: HfModel, name: str, values: torch.Tensor) -> npt.NDArray[np.float64]:
+    """A gradient as the weight is looked at: [matrices x rows, row]."""
+    if model.layout.weights[name].transposed:
+        values = values.transpose(-1, -2)
+    return np.asarray(values.reshape(-1, values.shape[-1]).numpy(), np.float64)

@@ -38,6 +38,14 @@ BLOCKS: dict[str, tuple[str, Shapes]] = {
         "attention.query_key_value": (3 * D, D), "attention.dense": (D, D),
         "mlp.dense_h_to_4h": (F, D), "mlp.dense_4h_to_h": (D, F),
     }),
+    "gptj": ("transformer.h", {
+        **{f"attn.{n}_proj": (D, D) for n in ("q", "k", "v", "out")},
+        "mlp.fc_in": (4 * D, D), "mlp.fc_out": (D, 4 * D),
+    }),
+    "bloom": ("transformer.h", {
+        "self_attention.query_key_value": (3 * D, D), "self_attention.dense": (D, D),
+        "mlp.dense_h_to_4h": (4 * D, D), "mlp.dense_4h_to_h": (D, 4 * D),
+    }),
     "opt": ("model.decoder.layers", {
         **{f"self_attn.{n}_proj": (D, D) for n in ("q", "k", "v", "out")},
         "fc1": (F, D), "fc2": (D, F),
@@ -63,6 +71,8 @@ OUTSIDE: dict[str, Shapes] = {
     **{k: {**WORDS, **HEAD} for k in hf_models.DECODERS},
     **dict.fromkeys(("qwen2", "gemma", "gemma2", "gemma3_text"), WORDS),  # tied
     "gpt2": {"transformer.wte": (V, D)},
+    "gptj": {"transformer.wte": (V, D), **HEAD},
+    "bloom": {"transformer.word_embeddings": (V, D)},
     "gpt_neox": {"gpt_neox.embed_in": (V, D), **HEAD},
     "opt": {
         "model.decoder.embed_tokens": (V, 32), "model.decoder.project_in": (D, 32),

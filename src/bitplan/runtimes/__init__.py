@@ -148,26 +148,27 @@ class Runtime(Protocol):
         ...
 
 
-class Stage(Protocol):
-    """A block of a model with its inputs for all windows, or what lies before or after blocks."""
+@runtime_checkable
+class Differentiable(Protocol):
+    """A runtime that also gives gradients; PyTorch does, llama.cpp does not."""
 
-    layer: int
-    """The block's number; -1 for what comes before the blocks, their number for the rest."""
-    tensors: frozenset[str]
-    """Weights that its output may depend on; those outside the blocks are in two stages."""
+    def gradients(
+        self,
+        window: npt.NDArray[np.int32],
+        targets: npt.NDArray[np.int32] | None,
+        rows: Mapping[str, npt.NDArray[np.int64]],
+        seed: int,
+    ) -> dict[str, Array]:
+        """Gradients by these rows of these tensors, [matrices x rows, row] of each in float32.
 
-    def errors(
-        self, assignment: Mapping[str, Format], importance: Mapping[str, Array]
-    ) -> npt.NDArray[np.float64]:
-        """||y - y'||^2 / ||y||^2 of every token, windows one after another: y is what leaves the
-        stage, y' the same while these tensors hold rounded values and its input is its own."""
+        Of the sum of log p(target) over the scored positions of one window of `logits`, in nats;
+        targets [positions], -1: drawn from the model's own prediction, by the seed. Without targets
+        of a scalar, different for each seed, whose squared gradient has the diagonal of the Fisher
+        information of these predictions as its mean. The same rows of each matrix are meant. Raises
+        RuntimeFailure where the dtype cannot hold them.
+        """
         ...
 
-
-@runtime_checkable
-class Walker(Protocol):
-    """A runtime that goes through a model one stage at a time; it need not fit in memory."""
-
-    def walk(self, windows: npt.NDArray[np.int32]) -> Iterator[Stage]:
-        """Each stage in turn, with the inputs of the reference; valid until the next one."""
+    def some(self, tensor: str, rows: npt.NDArray[np.int64]) -> tuple[Array, int]:
+        """These rows of the reference's weights, as `Runtime.original` gives them."""
         ...

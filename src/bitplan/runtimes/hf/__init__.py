@@ -1,6 +1,6 @@
 """The Hugging Face runtime: safetensors models in PyTorch. Needs the extra `hf`."""
 
-from bitplan.runtimes.hf.model import HfModel, engine_version
-from bitplan.runtimes.hf.streamed import StreamedModel
+from bitplan.runtimes.hf.devices import engine_version
+from bitplan.runtimes.hf.model import HfModel
 
-__all__ = ["HfModel", "StreamedModel", "engine_version"]
+__all__ = ["HfModel", "engine_version"]

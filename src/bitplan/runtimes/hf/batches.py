@@ -11,6 +11,8 @@ import numpy.typing as npt
 Rows = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.int64]
 
+TOKENS = 2048  # of one run
+
 
 def lengths(rows: Rows) -> npt.NDArray[np.intp]:
     """Tokens of each row."""

@@ -8,7 +8,9 @@ of one stacked tensor are told apart like everything else.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bitplan.runtimes.hf.layout import Weight
+from bitplan.runtimes.hf.stream import Stream
 from bitplan.runtimes.statistics import Captured
 
 
@@ -77,6 +80,25 @@ class InputSquares(TorchFunctionMode):  # type: ignore[misc]
             return None
         shape = weight.tensor.shape
         return weight, offset // (shape[-1] * shape[-2]) if len(shape) == 3 else 0
+
+
+@contextlib.contextmanager
+def watching(
+    weights: Mapping[str, tuple[Weight, torch.Tensor]],
+    stream: Stream,
+    what: Sequence[str],
+    sums: Captured,
+    mask: npt.NDArray[np.int64] | None,
+) -> Iterator[None]:
+    """Within the block runs add to the sums: what and mask as for `HfModel.capture`."""
+    if "similarity" in what:
+        stream.watcher = functools.partial(cosine, sums, mask=mask)
+    seeing = InputSquares(weights, sums, mask)
+    try:
+        with seeing if "second_moments" in what else contextlib.nullcontext():
+            yield
+    finally:
+        stream.watcher = None
 
 
 def cosine(

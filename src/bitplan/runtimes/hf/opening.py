@@ -19,7 +19,6 @@ from bitplan import gguf_file
 from bitplan.checkpoint import Checkpoint
 from bitplan.errors import ModelFileError, RuntimeFailure, UsageError
 
-_CLASSIFIER = "ForSequenceClassification"
 _POSITIONS = re.compile(r"(position[^.]*|wpe)$")
 _REMOTE = "needs code of its own, which is not run unless you pass --trust-remote-code"
 
@@ -211,23 +210,6 @@ def check_context(path: Path, model: nn.Module, ctx: int) -> None:
         raise UsageError(
             f"--ctx {ctx}: {path} has positions for {most} tokens only; take --ctx {most} or less."
         )
-
-
-def device_of(name: str) -> torch.device:
-    """`auto` (cuda, then mps, then cpu) or a device's name. Raises UsageError."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UsageError(
-            f"--device {name}: PyTorch cannot use it here ({_first_line(error)}); choose cpu, cuda"
-            " or mps."
-        ) from None
-    return device
 
 
 def _check(checkpoint: Checkpoint, model: nn.Module, notes: Any) -> None:

@@ -56,10 +56,10 @@ class Stream:
     """Blocks that are left out: the stream passes them unchanged."""
     record: dict[int, torch.Tensor] | None = None
     stride: int = 1
-    """Only inputs of every so-manieth block are kept."""
+    """Only inputs of every so-manieth block are kept; 0: of none."""
     watcher: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
     """Called with a block's number, its input and its output."""
-    tuples: bool = False
+    tuples: bool | None = None
     """Blocks return the stream as the first of several things; seen when one runs."""
     collecting: list[Arguments] | None = None
     """While a list: the blocks do not run, what they are called with is gathered here."""
@@ -75,27 +75,37 @@ class Stream:
 
     def plan_room(self, nbytes: int) -> None:
         """Choose which blocks' inputs are kept, for windows whose one block input takes nbytes."""
-        self.stride = max(1, math.ceil(nbytes * self.count / max(self.limit, 1)))
+        places = self.limit // max(nbytes, 1)
+        self.stride = math.ceil((self.count + 1) / places) if places else 0
 
-    def begin_recording(self) -> None:
-        self.record = {}
+    @contextlib.contextmanager
+    def running(self, windows: str, first: int | None) -> Iterator[None]:
+        """Around a run on these windows, named by their content.
 
-    def end_recording(self, windows: str) -> None:
-        """Keep what was recorded; the oldest windows make room."""
-        assert self.record is not None
-        self.kept[windows], self.record = self.record, None
+        first: None on the reference's run, whose block inputs are kept; else the first block whose
+        input or weights are not the reference's: the run starts as late as what is kept allows.
+        """
+        if first is not None:
+            kept = {n: h for n, h in self.kept.get(windows, {}).items() if n <= first}
+            self.start = max(kept, default=0)
+            self.entry = kept.get(self.start)
+        elif self.limit:
+            self.record = {}
+        try:
+            yield
+            if self.record is not None:
+                self._keep(windows, self.record)
+        finally:
+            self.leave()
+
+    def _keep(self, windows: str, inputs: dict[int, torch.Tensor]) -> None:
+        """The oldest windows make room."""
+        self.kept[windows] = inputs
         while len(self.kept) > 1 and self._kept_bytes() > self.limit:
             del self.kept[next(iter(self.kept))]
 
-    def enter(self, windows: str, first: int) -> None:
-        """Start as late as what is kept allows, for a variant whose first change is in `first`."""
-        kept = self.kept.get(windows, {})
-        places = [layer for layer in kept if layer <= first]
-        self.start = max(places, default=0)
-        self.entry = kept[self.start] if places else None
-
     def leave(self) -> None:
-        self.start, self.entry = 0, None
+        self.start, self.entry, self.record = 0, None, None
 
     @contextlib.contextmanager
     def entering(self, start: int, entry: torch.Tensor) -> Iterator[None]:
@@ -147,8 +157,8 @@ class Stream:
         return layer < self.start or layer in self.skipped
 
     def note(self, layer: int, hidden: torch.Tensor) -> None:
-        if self.record is not None and layer % self.stride == 0:
-            self.record[layer] = hidden.detach()
+        if self.record is not None and self.stride and layer % self.stride == 0:
+            self.record[layer] = hidden.detach().clone()
 
 
 def _gated(stream: Stream, layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,9 +171,11 @@ def _gated(stream: Stream, layer: int, forward: Callable[..., Any]) -> Callable[
             stream.collect(hidden, args, kwargs)
             return stream.passing(hidden)
         if layer == stream.start and stream.entry is not None:
-            hidden = stream.entry
+            hidden = stream.entry.clone()  # a block may change its input in place
         stream.note(layer, hidden)
         if stream.passes(layer):
+            if stream.tuples is None:  # none has run yet
+                stream.tuples = isinstance(forward(*args, **kwargs), tuple)
             last = layer == stream.count - 1 and stream.start == stream.count
             out: Any = stream.passing(stream.entry if last and stream.entry is not None else hidden)
         else:
