@@ -148,6 +148,40 @@ class Runtime(Protocol):
         ...
 
 
+class Stage(Protocol):
+    """A block of a model with its inputs for all windows, or what lies before or after blocks."""
+
+    layer: int
+    """The block's number; -1 for what comes before the blocks, their number for the rest."""
+    tensors: frozenset[str]
+    """Weights that its output may depend on; those outside the blocks are in two stages."""
+
+    def errors(
+        self, assignment: Mapping[str, Format], importance: Mapping[str, Array]
+    ) -> npt.NDArray[np.float64]:
+        """||y - y'||^2 / ||y||^2 of every token, windows one after another: y is what leaves the
+        stage, y' the same while these tensors hold rounded values and its input is its own."""
+        ...
+
+
+@runtime_checkable
+class Walker(Protocol):
+    """A runtime that goes through a model one stage at a time; it need not fit in memory."""
+
+    def walk(self, windows: npt.NDArray[np.int32]) -> Iterator[Stage]:
+        """Each stage in turn, with the inputs of the reference; valid until the next one."""
+        ...
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A runtime that holds one block at a time and can say what that takes."""
+
+    def needs(self, windows: npt.NDArray[np.int32]) -> int:
+        """Bytes of memory at the peak of a walk, what the process has already included."""
+        ...
+
+
 @runtime_checkable
 class Differentiable(Protocol):
     """A runtime that also gives gradients; PyTorch does, llama.cpp does not."""

@@ -2,5 +2,6 @@
 
 from bitplan.runtimes.hf.devices import engine_version
 from bitplan.runtimes.hf.model import HfModel
+from bitplan.runtimes.hf.streamed import StreamedModel
 
-__all__ = ["HfModel", "engine_version"]
+__all__ = ["HfModel", "StreamedModel", "engine_version"]

@@ -19,6 +19,7 @@ from bitplan.formats import Format
 from bitplan.runtimes.hf import batches, encoding, rounding, stream
 from bitplan.runtimes.hf import capture as capturing
 from bitplan.runtimes.hf import gradients as differentiating
+from bitplan.runtimes.hf import walk as walking
 from bitplan.runtimes.hf.opened import OpenModel
 from bitplan.runtimes.hf.rows import flat
 from bitplan.runtimes.statistics import Captured
@@ -54,6 +55,23 @@ class HfModel(OpenModel):
         for group in groups:  # of like length; told in the order asked for
             found[group] = self._run(windows[group])
         yield from found
+
+    def walk(self, windows: Rows) -> Iterator[walking.Step]:
+        """Each block in turn, with its inputs for all windows, and what lies before and after."""
+        groups = self._groups(windows)
+        masks = [batches.mask(windows[g]) if self.is_classifier else None for g in groups]
+        rows = [walking.Batch(windows[g], mask) for g, mask in zip(groups, masks, strict=True)]
+        return walking.walk(self._walked(), rows)
+
+    def _walked(self) -> walking.Walked:
+        return walking.Walked(
+            self.model, self.layout, self._stream, self._forward, self._loaded, self.rounded,
+            held=lambda: bool(self.weights.held or self._stream.skipped),
+        )  # fmt: skip
+
+    def _loaded(self, layer: int) -> contextlib.AbstractContextManager[None]:
+        """Within it the weights of one stage of a walk are in memory; here they always are."""
+        return contextlib.nullcontext()
 
     def _groups(self, windows: Rows) -> list[npt.NDArray[np.intp]]:
         """Numbers of the windows that run together."""
