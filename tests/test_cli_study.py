@@ -76,8 +76,8 @@ def test_every_study_has_help_and_the_common_options(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("layer-sensitivity", "MODEL", "--low", "q2_kk"), "did you mean 'q2_k'"),
-        (("layer-sensitivity", "none.gguf"), "none.gguf"),
+        (("sensitivity", "MODEL", "--formats", "q2_kk"), "did you mean 'q2_k'"),
+        (("sensitivity", "none.gguf"), "none.gguf"),
         (("none.yaml", "MODEL"), "none.yaml: cannot be read"),
         (("my.yaml",), "name a model"),
         (("own",), "name the study's file"),
@@ -110,8 +110,8 @@ def test_one_sentence_for_every_mistake(
 
 
 def test_an_unknown_study_is_answered_with_the_nearest() -> None:
-    said = refused(2, "study", "layer-sensitivty", "builtin")
-    assert said == "bitplan: unknown study 'layer-sensitivty': did you mean 'layer-sensitivity'?"
+    said = refused(2, "study", "sensitivty", "builtin")
+    assert said == "bitplan: unknown study 'sensitivty': did you mean 'sensitivity'?"
 
 
 def test_a_script_alone_measures_nothing(tiny_gguf: Path, story: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_quantized_model_is_refused_unless_it_is_wanted(
     header = gguf_file.read(tiny_gguf)
     types = {t.name: "q8_0" for t in header.tensors if "attn_q" in t.name}
     gguf.write(header, types, tmp_path / "q.gguf", plan_hash="0" * 64)
-    args = ("study", "layer-sensitivity", tmp_path / "q.gguf", *small(story))
+    args = ("study", "sensitivity", tmp_path / "q.gguf", *small(story))
     assert "--allow-requantize" in refused(1, *args, cwd=tmp_path)
     assert not (tmp_path / "bitplan-out").exists()
     done = bitplan(*args, "--allow-requantize", cwd=tmp_path)

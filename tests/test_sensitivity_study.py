@@ -175,7 +175,7 @@ def test_one_format_alone_is_not_mixed(twelve_layers: Path, tmp_path: Path) -> N
     }  # fmt: skip
     story = told(twelve_layers, tmp_path, additive, options)
     assert not any("beside" in f.title for f in story.findings)
-    assert finding(story, "Only the least sensitive layer").shown is False
+    assert finding(story, "Only the layer ranked least").shown is False
 
 
 def test_options_that_make_no_sense_are_refused_before_layers_are_ranked(
@@ -204,12 +204,12 @@ def test_few_examples_are_no_difference_and_many_are(twelve_layers: Path, tmp_pa
     alone = finding(story, "Layers that alone change accuracy")
     assert alone.text.startswith("Told: q8_0 none; q4_k layer 7. ")
     assert "about 1.1 of 24 would be; 1 of these 1 remain with Holm's" in alone.text
-    least = finding(story, "Only the least sensitive layer in q4_k")
+    least = finding(story, "Only the layer ranked least sensitive, in q4_k")
     assert (least.shown, least.difference) == (False, 0.0)
     assert least.text.startswith("Layer 0 alone, all others as they are: accuracy 89.11 ± 1.06 %;")
     assert "0 of 872 examples lost" in least.text
     assert "no difference measured" in least.text
-    most = finding(story, "Only the most sensitive layer in q4_k")
+    most = finding(story, "Only the layer ranked most sensitive, in q4_k")
     assert most.shown
     assert most.difference == pytest.approx(23 / 872)
     p = stats.binomtest(23, 23).pvalue
@@ -234,7 +234,7 @@ def test_won_examples_count_against_lost_ones(twelve_layers: Path, tmp_path: Pat
     def outcome(by_layer: ByLayer) -> Outcome:
         return (10, 4, 0.01) if by_layer == {7: "q4_k"} else (0, 0, 0.0001 * len(by_layer))
 
-    most = finding(told(twelve_layers, tmp_path, outcome), "Only the most sensitive layer")
+    most = finding(told(twelve_layers, tmp_path, outcome), "Only the layer ranked most")
     assert most.shown is False  # 6 lost and none won would be one: 10 against 4 is not
     assert most.difference == pytest.approx(6 / 872)
     assert f"p = {stats.binomtest(4, 14).pvalue:.2g}" in most.text
@@ -278,6 +278,9 @@ def test_a_calibration_order_that_does_not_hold_is_said(
     poor = finding(told(twelve_layers, tmp_path, turned), "The order that strategies rest on")
     assert "is layer 7 (here 0), the least sensitive is layer 0 (here 7)" in poor.text
     assert "is -1.00. That is poor: name a text like what the model is for" in poor.text
+    story = told(twelve_layers, tmp_path, turned)
+    assert finding(story, "Only the layer with the least KL here").text.startswith("Layer 7 alone")
+    assert not any("here, in" in f.title for f in told(twelve_layers, tmp_path, additive).findings)
 
 
 @pytest.mark.parametrize(("factor", "verdict"), [(1.0, "as much as"), (3.0, "more"), (0.4, "less")])
@@ -321,14 +324,14 @@ def test_mixtures_are_judged_by_the_same_turned_round(twelve_layers: Path, tmp_p
         return outcome
 
     for sign, verdict in (
-        (1, " Here this order helps."),
-        (-1, " Here this order does harm."),
+        (1, " By KL this order helps here."),
+        (-1, " By KL this order does harm here."),
         (0, ""),
     ):
         story = told(twelve_layers, tmp_path, weighed(sign))
         found = finding(story, "Which 6 of 12 layers get q4_k beside q8_0")
         assert found.shown is bool(sign)
-        assert ("Here this order" in found.text) is bool(sign)
+        assert ("this order" in found.text) is bool(sign)
         assert verdict in found.text
         # ranks of half the layers: 15 in order and 51 turned round
         assert found.difference == pytest.approx(-0.002 * sign * 36, abs=0.002)
@@ -351,6 +354,18 @@ def test_late_layers_are_compared_with_early_ones(twelve_layers: Path, tmp_path:
     assert "the late half: 0 of 872 examples lost" in halves.text
 
 
+def test_what_accuracy_alone_tells_is_a_difference_too(twelve_layers: Path, tmp_path: Path) -> None:
+    def outcome(by_layer: ByLayer) -> Outcome:
+        """The early half loses 20 examples, the late one none; their KL is the same."""
+        early = len(by_layer) == 6 and 0 in by_layer
+        return 20 * early, 0, 0.01 * len(by_layer)
+
+    found = finding(told(twelve_layers, tmp_path, outcome), "The late half against the early half")
+    assert (found.shown, found.unit) == (True, "of the examples")
+    assert found.difference == pytest.approx(-20 / N)
+    assert "in KL no difference was measured" in found.text
+
+
 def test_a_decoder_is_told_of_in_perplexity(twelve_layers: Path, tmp_path: Path) -> None:
     def cost(layer: int, fmt: str) -> float:
         return 1e-3 * (1 + IMPORTANCE[layer]) if fmt == "q4_k" else 1e-5
@@ -362,10 +377,10 @@ def test_a_decoder_is_told_of_in_perplexity(twelve_layers: Path, tmp_path: Path)
     change = np.expm1(12e-3)
     rows = {row[0]: row[2] for row in table(story, "Change of perplexity").rows}
     assert float(rows["Layer 7"].split()[0]) == pytest.approx(100 * change, abs=0.02)
-    most = finding(story, "Only the most sensitive layer in q4_k")
+    most = finding(story, "Only the layer ranked most sensitive, in q4_k")
     assert most.shown
     assert f"perplexity higher by {100 * change:.1f}" in most.text
-    versus = finding(story, "The least against the most")
+    versus = finding(story, "The layer ranked least")
     lower = -np.expm1(-11e-3)  # of the worse one's, not of the better one's
     assert f"Perplexity is lower with layer 0 in q4_k, by {100 * lower:.1f}" in versus.text
     assert [r[1] for r in table(story, "Losses added up").rows][:2] == ["NLL", "KL"]
@@ -465,6 +480,6 @@ def test_the_published_study_on_sst2(shared: Path, tmp_path: Path) -> None:
         by_hand(folder, "layer.1.", rows, 4), abs=2
     )
     story = result.story
-    assert finding(story, "Only the least sensitive layer in int4-tensor").shown is False
+    assert finding(story, "Only the layer ranked least").shown is False
     assert finding(story, "All 6 layers at once in int4-tensor").shown
     assert 777 - right["all_int4-tensor"] > 2 * sum(lost)

@@ -31,7 +31,7 @@ from bitplan.measured import Place, Work
 from bitplan.presets import as_formats
 from bitplan.results import Results
 from bitplan.setting import Setting
-from bitplan.studies import Variant, layer_sensitivity
+from bitplan.studies import Variant, sensitivity
 from bitplan.subject import Subject
 from bitplan.writers import gguf
 
@@ -164,8 +164,8 @@ def test_one_layer_alone_is_written_with_all_else_as_it_was(
 ) -> None:
     """llama.cpp would quantize what nobody names."""
     with Subject(tiny_gguf, tmp_path, setting(story)) as subject:
-        options = layer_sensitivity.Options(low="q2_k")
-        found = study.run("layer-sensitivity", [subject], options, tmp_path, files=True)
+        options = sensitivity.Options(formats="q2_k")
+        found = study.run("sensitivity", [subject], options, tmp_path, files=True)
     for variant in found.variants[1:]:
         swap, real = (
             {m.metric: m.value for m in ms} for ms in (variant.measurements, variant.by_file)
@@ -183,9 +183,9 @@ def test_fresh_measures_again_what_this_study_measured_and_nothing_else(
         return {p.name: p.stat().st_mtime_ns for p in (tmp_path / "measured").iterdir()}
 
     first = run("own", mine)
-    both = run("layer-sensitivity", layer_sensitivity.Options(low="q2_k"))
+    both = run("sensitivity", sensitivity.Options(formats="q2_k"))
     assert {n: both[n] for n in first} == first  # the reference is shared
-    assert len(both) == len(first) + 2
+    assert len(both) == len(first) + 3  # each of two layers, and both
     again = run("own", mine, fresh=True)
     assert {n for n in again if again[n] != both[n]} == set(first)
 
@@ -233,12 +233,12 @@ def test_a_name_used_twice_is_refused(
 ) -> None:
     for name in ("a", study.REFERENCE):
         monkeypatch.setattr(
-            layer_sensitivity,
+            sensitivity,
             "variants",
             lambda *_, name=name: [Variant("a", {}), Variant(name, {})],
         )
         with Subject(tiny_gguf, tmp_path) as subject, pytest.raises(UsageError, match=repr(name)):
-            study.listed("layer-sensitivity", subject, layer_sensitivity.Options(low="q2_k"))
+            study.listed("sensitivity", subject, sensitivity.Options(formats="q2_k"))
 
 
 def test_what_needs_an_importance_matrix_fails_before_the_work(
@@ -246,12 +246,12 @@ def test_what_needs_an_importance_matrix_fails_before_the_work(
 ) -> None:
     """llama.cpp would end the process at that variant."""
     given = dataclasses.replace(setting(story), no_imatrix=True)
-    options = layer_sensitivity.Options(low="iq2_xxs")
+    options = sensitivity.Options(formats="iq2_xxs")
     with (
         Subject(tiny_gguf, tmp_path, given) as subject,
         pytest.raises(ImatrixError, match="iq2_xxs"),
     ):
-        study.run("layer-sensitivity", [subject], options, tmp_path)
+        study.run("sensitivity", [subject], options, tmp_path)
     assert not (tmp_path / "measured").exists()
 
 
@@ -260,10 +260,10 @@ def test_a_full_disk_is_said_before_the_work(
 ) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    options = layer_sensitivity.Options(low="q2_k")
+    options = sensitivity.Options(formats="q2_k")
     with Subject(tiny_gguf, tmp_path / "out", setting(story)) as subject:
         with pytest.raises(WriteError, match="only 100 kB is free"):
-            study.run("layer-sensitivity", [subject], options, tmp_path, files=True)
+            study.run("sensitivity", [subject], options, tmp_path, files=True)
         assert not (subject.out / "measured").exists()
 
 
@@ -375,10 +375,10 @@ def test_two_models_with_one_out_folder_keep_apart(
     assert len({*folders, out}) == 3
     same_stem = cli_study.places(None, [Path("a/m.gguf"), Path("b/m.gguf")], "x")[1]
     assert len(set(same_stem)) == 2
-    options = layer_sensitivity.Options(low="q2_k")
+    options = sensitivity.Options(formats="q2_k")
     for path, folder in zip((tiny_gguf, twelve_layers), folders, strict=True):
         with Subject(path, folder, setting(story)) as subject:
-            study.listed("layer-sensitivity", subject, options)
+            study.listed("sensitivity", subject, options)
             assert subject.imatrix is not None
     for path, folder in zip((tiny_gguf, twelve_layers), folders, strict=True):
         imatrix.check(imatrix.read(folder / "imatrix.gguf"), gguf_file.read(path))

@@ -1,4 +1,4 @@
-"""What the least and the most sensitive layer do alone, and late layers against early ones.
+"""What the layers ranked least and most sensitive do alone, and late layers against early ones.
 
 A `View` in, findings out: the published study's ablation, with its contrast.
 """
@@ -16,7 +16,7 @@ from bitplan.results import Finding
 from bitplan.studies import Case
 from bitplan.studies.sensitivity import losses
 from bitplan.studies.sensitivity.levels import many_layers
-from bitplan.studies.sensitivity.losses import Loss, Measure, against, alone, sentence
+from bitplan.studies.sensitivity.losses import Loss, Measure, alone, finding
 from bitplan.studies.sensitivity.view import View, halves
 
 
@@ -26,46 +26,45 @@ def findings(seen: View) -> list[Finding]:
 
 
 def _extremes(seen: View) -> list[Finding]:
-    """Only the least, and only the most sensitive layer in the low format; and both compared."""
+    """Only the layer ranked least, and only the one ranked most sensitive, in the low format; both
+    compared; and the one that loses least here, where that is another."""
     least, most = (seen.single(n, seen.low) for n in (seen.ranked[0], seen.ranked[-1]))
     return [
-        _only(seen, least, "least"),
-        _only(seen, most, "most"),
-        versus(
-            "The least against the most sensitive layer",
+        _only(seen, least, "ranked least sensitive"),
+        _only(seen, most, "ranked most sensitive"),
+        finding(
+            "The layer ranked least sensitive against the one ranked most",
             f"{seen.layer_of(least)} in {seen.low}",
             f"{seen.layer_of(most)} in {seen.low}",
             seen.compared(least, most),
             seen.unit,
         ),
+        *_least_here(seen, least),
     ]
 
 
-def _only(seen: View, case: Case, word: str) -> Finding:
+def _only(seen: View, case: Case, which: str, more: str = "") -> Finding:
     loss = seen.lost(case, seen.own)
     score = f"perplexity {with_error(case.perplexity, case.perplexity_error)}"
     if seen.by_example:
         score = f"accuracy {losses.accuracy(case)}"
     verdict = "" if loss.told else "; no difference measured"
     text = f"{seen.layer_of(case).capitalize()} alone, all others as they are: {score};"
-    text += f" {alone(loss)}{verdict}. KL is {with_error(*case.kl)} {seen.per}."
+    text += f" {alone(loss)}{verdict}. KL is {with_error(*case.kl)} {seen.per}.{more}"
     return Finding(
-        title=f"Only the {word} sensitive layer in {seen.low}", text=text,
+        title=f"Only the layer {which}, in {seen.low}", text=text,
         difference=loss.value, stderr=loss.error, shown=loss.told,
         unit="of the examples" if seen.by_example else seen.unit,
     )  # fmt: skip
 
 
-def versus(
-    title: str, one: str, other: str, found: Sequence[Loss], unit: str, more: str = ""
-) -> Finding:
-    """One against another by all measures; the last, KL, stands for the finding."""
-    kl = found[-1]
-    text = sentence([against(one, other, f) for f in found])
-    return Finding(
-        title=title, text=f"{text}{more}", difference=kl.value, stderr=kl.error, unit=unit,
-        shown=kl.told,
-    )  # fmt: skip
+def _least_here(seen: View, ranked: Case) -> list[Finding]:
+    """The published study ranks layers by the very figures that it then tells of."""
+    here = seen.by_loss(seen.low, "kl")[-1]
+    if here is ranked:
+        return []
+    more = " It is picked by the figures that it is told by, which flatters it a little."
+    return [_only(seen, here, "with the least KL here", more)]
 
 
 # --- late against early -----------------------------------------------------------------------
@@ -74,7 +73,7 @@ def versus(
 def _late_alone(seen: View) -> Finding:
     """Late layers against early ones, on the average of single layers."""
     early, late = halves(seen.layers).values()
-    return versus(
+    return finding(
         f"Late layers against early ones in {seen.low}, one at a time, on average",
         f"late {many_layers(late)}", f"early {many_layers(early)}",
         [_averaged(seen, late, early, m) for m in seen.both], seen.unit,
@@ -98,9 +97,9 @@ def _late_at_once(seen: View) -> Finding:
     """The last half of the layers in the low format against the first half, in as many bytes."""
     early, late = seen.half("early"), seen.half("late")
     own = [alone(seen.lost(c, seen.own)) for c in (late, early)]
-    return versus(
+    return finding(
         f"The late half against the early half in {seen.low}, at once",
         f"the late half in {seen.low}", f"the early half in {seen.low}",
         seen.compared(late, early), seen.unit,
-        f" Against the model as it is, the late half: {own[0]}; the early half: {own[1]}.",
+        after=f"Against the model as it is, the late half: {own[0]}; the early half: {own[1]}.",
     )  # fmt: skip

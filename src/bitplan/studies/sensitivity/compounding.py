@@ -75,14 +75,14 @@ def findings(seen: View) -> list[Finding]:
 
 def _finding(seen: View, fmt: str) -> Finding:
     found = [every(seen, fmt, m) for m in seen.both]
-    kl = found[-1]
+    stands = next((a for a in reversed(found) if a.told), found[-1])
     text = sentence([_told(seen, a) for a in found])
     if fmt == seen.low:
         text += _from(seen)
     return Finding(
-        title=f"All {kl.count} layers at once in {fmt}, against the sum of each alone",
-        text=text,
-        difference=kl.gap[0], stderr=kl.gap[1], unit=seen.unit, shown=kl.told,
+        title=f"All {stands.count} layers at once in {fmt}, against the sum of each alone",
+        text=text, difference=stands.gap[0], stderr=stands.gap[1], shown=stands.told,
+        unit="of the examples" if stands.measure == "wrong" else seen.unit,
     )  # fmt: skip
 
 

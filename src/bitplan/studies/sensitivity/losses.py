@@ -15,6 +15,7 @@ from typing import Literal
 from bitplan.metrics import pairs, told
 from bitplan.metrics.pairs import Pairs
 from bitplan.reporting.wording import sig, with_error
+from bitplan.results import Finding
 from bitplan.studies import Case, difference
 
 Measure = Literal["wrong", "nll", "kl"]
@@ -101,6 +102,24 @@ def against(one: str, other: str, found: Loss) -> str:
         ratio = math.exp(-abs(found.value))
         amount = percent(1 - ratio, ratio * found.error)
     return f"{name} is {side} with {better}, by {amount}"
+
+
+def finding(
+    title: str, one: str, other: str, found: Sequence[Loss], unit: str, *,
+    before: str = "", after: str = "",
+) -> Finding:  # fmt: skip
+    """One against another by the own measure and KL. found: what `one` loses more than `other`.
+
+    KL, the sharper one, stands for the finding, unless only the other tells a difference. unit: of
+    KL. before, after: sentences around the comparison.
+    """
+    stands = next((f for f in reversed(found) if f.told), found[-1])
+    parts = (before, sentence([against(one, other, f) for f in found]), after)
+    return Finding(
+        title=title, text=" ".join(filter(None, parts)),
+        difference=stands.value, stderr=stands.error, shown=stands.told,
+        unit="of the examples" if stands.measure == "wrong" else unit,
+    )  # fmt: skip
 
 
 def sentence(parts: Sequence[str]) -> str:

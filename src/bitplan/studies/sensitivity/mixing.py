@@ -11,10 +11,9 @@ from bitplan.results import Finding, Table
 from bitplan.studies import Case, change, curves
 from bitplan.studies.sensitivity import losses
 from bitplan.studies.sensitivity.levels import Mixture, many_layers
-from bitplan.studies.sensitivity.losses import against, sentence
 from bitplan.studies.sensitivity.view import View
 
-_VERDICTS = {0: "", 1: " Here this order does harm.", -1: " Here this order helps."}
+_VERDICTS = {0: "", 1: " By KL this order does harm here.", -1: " By KL this order helps here."}
 
 
 def findings(seen: View) -> list[Finding]:
@@ -39,12 +38,13 @@ def _turned(seen: View, mixed: Mixture, turned: Mixture) -> Finding:
     kl = seen.compared(one, other)[-1]
     verdict = _VERDICTS[0 if not kl.told else 1 if kl.value > 0 else -1]
     sums = [sig(foretold(seen, m)) for m in (mixed, turned)]
-    return _finding(
-        seen, f"Which {_few(seen, mixed)} get {mixed.lower} beside {mixed.upper}",
-        f"{low[0].capitalize()} (the least sensitive) or {low[1]} (the most), the others in"
-        f" {mixed.upper}: {sizes}.{verdict}",
-        one, other, f"{mixed.lower} in {low[0]}", f"{mixed.lower} in {low[1]}",
-        f" The KL of single layers, added up, foretold {sums[0]} against {sums[1]}.",
+    return losses.finding(
+        f"Which {_few(seen, mixed)} get {mixed.lower} beside {mixed.upper}",
+        f"{mixed.lower} in {low[0]}", f"{mixed.lower} in {low[1]}",
+        seen.compared(one, other), seen.unit,
+        before=f"{low[0].capitalize()} (ranked least sensitive) or {low[1]} (ranked most), the"
+        f" others in {mixed.upper}: {sizes}.{verdict}",
+        after=f"The KL of single layers, added up, foretold {sums[0]} against {sums[1]}.",
     )  # fmt: skip
 
 
@@ -60,23 +60,12 @@ def foretold(seen: View, mixture: Mixture) -> float:
 def _against_one(seen: View, mixed: Mixture, rival: str) -> Finding:
     """Whether two formats beat one that takes as many bytes, or nearly."""
     one, other = seen.mixed(mixed), seen.uniform(rival)
-    return _finding(
-        seen, f"{mixed.upper} with {_few(seen, mixed)} in {mixed.lower}, or {rival} for all",
-        f"{many_layers(mixed.layers).capitalize()} in {mixed.lower} and the others in"
+    return losses.finding(
+        f"{mixed.upper} with {_few(seen, mixed)} in {mixed.lower}, or {rival} for all",
+        "the mixture", rival, seen.compared(one, other), seen.unit,
+        before=f"{many_layers(mixed.layers).capitalize()} in {mixed.lower} and the others in"
         f" {mixed.upper}: {human(one.bytes)}; all in {rival}: {human(other.bytes)}.",
-        one, other, "the mixture", rival,
     )  # fmt: skip
-
-
-def _finding(
-    seen: View, title: str, what: str, one: Case, other: Case, name: str, rival: str, more: str = ""
-) -> Finding:
-    found = seen.compared(one, other)
-    kl = found[-1]
-    text = f"{what} {sentence([against(name, rival, f) for f in found])}{more}"
-    return Finding(
-        title=title, text=text, difference=kl.value, stderr=kl.error, unit=seen.unit, shown=kl.told
-    )
 
 
 # --- the table --------------------------------------------------------------------------------
