@@ -29,8 +29,8 @@ from scipy.stats import spearmanr
 from bitplan import artifacts, demo, gguf_file, text
 from bitplan.results import Results
 from bitplan.runtimes.llamacpp import engine_version
-from bitplan.studies import Variant, placement
 from bitplan.setting import Setting
+from bitplan.studies import Variant, placement
 from bitplan.subject import Subject
 from bitplan.writers import patterns
 

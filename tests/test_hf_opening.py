@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf_models
-from bitplan import paired
+from bitplan import demo, paired
 from bitplan import text as texts
-from bitplan.errors import BitplanError, UsageError
+from bitplan.errors import BitplanError, ModelFileError, UsageError
 from bitplan.runtimes.hf import HfModel
 from bitplan.runtimes.llamacpp import LlamaModel
 from hf_models import opened
@@ -255,3 +255,23 @@ def test_a_gguf_file_that_only_llama_cpp_opens(tiny_moe_gguf: Path) -> None:
     told = refused(tiny_moe_gguf)
     assert "transformers cannot open this GGUF file" in told
     assert "leave out --runtime hf" in told
+
+
+def test_a_token_beyond_the_embedding_is_refused_once_a_text_comes_to_it(llama: Path) -> None:
+    file = llama / "tokenizer.json"
+    words = json.loads(file.read_text())
+    beyond = {"id": 200, "content": "<far>", "special": False, "single_word": False,
+              "lstrip": False, "rstrip": False, "normalized": False}  # fmt: skip
+    words["added_tokens"] = [*words.get("added_tokens", []), beyond]
+    file.write_text(json.dumps(words))
+    with HfModel(llama, threads=1) as model:
+        model.tokenize("plain")
+        with pytest.raises(ModelFileError, match="has only 96 rows"):
+            model.tokenize("plain <far> plain")
+
+
+def test_the_builtin_model_opens_although_transformers_adds_a_token() -> None:
+    with HfModel(demo.MODEL, threads=1) as model:
+        assert model.n_vocab == 4096
+        assert len(model.tokenizer) > 4096
+        assert model.layout.count == 12

@@ -20,6 +20,7 @@ from bitplan.studies import Cases, Measured, equal_bytes
 from bitplan.studies import size_against_bits as sab
 from bitplan.studies.size_against_bits import Options
 from bitplan.studies.size_against_bits.contest import Side
+from bitplan.studies.size_against_bits.contest import contest as contest_of
 from bitplan.subject import Subject
 from bitplan.writers import gguf
 from planted import TOKENS, Level, measured, ranked
@@ -82,7 +83,7 @@ def test_the_crossing_of_two_curves_is_found(twelve_layers: Path) -> None:
     turn = (sizes[0] + sizes[-1]) / 2
     one = side(twelve_layers, 0, lambda c: 0.1 if c.bytes > turn else 1.0)
     other = side(twelve_layers, 1, lambda _: 0.4)
-    contest = sab.contest(Cases([one, other]))
+    contest = contest_of(Cases([one, other]))
     (crossing,) = equal_bytes.crossings(contest.gaps)
     steps = sorted(c.bytes for c in one.cases.values())
     above = next(size for size in steps if size > turn)
@@ -108,8 +109,8 @@ def test_other_tokens_mean_independent_errors(twelve_layers: Path) -> None:
     one = side(twelve_layers, 0, lambda _: 0.50)
     same = side(twelve_layers, 1, lambda _: 0.51)
     apart = side(twelve_layers, 1, lambda _: 0.51, text="cd")
-    paired = sab.contest(Cases([one, same]))
-    alone = sab.contest(Cases([one, apart]))
+    paired = contest_of(Cases([one, same]))
+    alone = contest_of(Cases([one, apart]))
     assert (paired.paired, alone.paired) == (True, False)
     assert all(g.side == -1 for g in paired.gaps)
     assert all(g.side == 0 for g in alone.gaps)
@@ -132,7 +133,7 @@ def test_models_without_a_common_size_say_so(twelve_layers: Path, tiny_gguf: Pat
 def test_noise_is_no_finding(twelve_layers: Path) -> None:
     one = side(twelve_layers, 0, lambda _: 0.3, own=1.0)
     other = side(twelve_layers, 1, lambda _: 0.3, own=1.001)
-    gaps = sab.contest(Cases([one, other])).gaps
+    gaps = contest_of(Cases([one, other])).gaps
     assert sum(g.side != 0 for g in gaps) <= len(gaps) // 5
 
 

@@ -49,6 +49,7 @@ def measure(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     trust_remote_code: o.Trust = False,
+    stream: o.Stream = None,
     seed: o.Seed = 0,
     threads: o.Threads = 0,
     out: o.Out = None,
@@ -68,12 +69,13 @@ def measure(
         text=text, ctx=ctx, windows=windows, imatrix=imatrix, no_imatrix=no_imatrix,
         imatrix_windows=imatrix_windows, gpu_layers=gpu_layers, seed=seed, threads=threads,
         fresh=fresh, runtime=runtime, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, stream=stream,
     )  # fmt: skip
     wanted = cli_measure.Wanted(scorer, formats, o.grouping(group), probes, full)
     path = o.located(model)
     with console.progress(quiet or as_json) as report:
-        result = cli_measure.run(path, setting, wanted, o.folder(out, path), report)
+        note = console.note if not (quiet or as_json) else lambda _: None
+        result = cli_measure.run(path, setting, wanted, o.folder(out, path), report, note)
     console.show(summary.of_sensitivity(result), result.dumps(), as_json, quiet)
 
 
@@ -226,7 +228,9 @@ def report(
 
 @app.command()
 def inspect(
-    file: Annotated[str, typer.Argument(help="A .gguf file.", show_default=False)],
+    file: Annotated[
+        str, typer.Argument(help="A .gguf file, or a folder of safetensors.", show_default=False)
+    ],
     against: Annotated[
         Path | None, typer.Option(help="plan.json: check that the file is what was planned.")
     ] = None,

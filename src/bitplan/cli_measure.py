@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitplan import evaluate, formats, gguf_file, measure, options, preflight, scorers, sources
 from bitplan.artifacts import Evaluation, Sensitivity
 from bitplan.imatrix import Imatrix
-from bitplan.runtimes import Runtime
+from bitplan.runtimes import Runtime, Streaming
 from bitplan.setting import Setting
 from bitplan.subject import Subject, takes_importance
 from bitplan.units import Grouping
@@ -27,9 +27,14 @@ class Wanted:
 
 
 def run(
-    path: Path, setting: Setting, wanted: Wanted, out: Path, progress: measure.Progress
+    path: Path,
+    setting: Setting,
+    wanted: Wanted,
+    out: Path,
+    progress: measure.Progress,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Sensitivity:
-    """Measure one model -> OUT/sensitivity.json."""
+    """Measure one model -> OUT/sensitivity.json. note: told what to know before it starts."""
     scorers.get(wanted.scorer)
     with Subject(path, out, setting, progress) as subject:
         presets = subject.source.has_presets
@@ -39,7 +44,10 @@ def run(
             row, wanted.scorer, wanted.grouping, probes, wanted.full, setting.seed
         )
         calibration = subject.calibration
-        preflight.dry_run(subject.model, row)
+        if isinstance(subject.model, Streaming):
+            note(preflight.streaming(subject.model.needs(calibration.tokens), path))
+        else:
+            preflight.dry_run(subject.model, row)
         matrix: Imatrix | None = None
         if not setting.no_imatrix and (presets or any(takes_importance(f.name) for f in row)):
             matrix = subject.imatrix
@@ -62,6 +70,7 @@ def compare(
         contenders = [_contender(p, candidates, setting, out) for p in candidates]
         windows = subject.held_out
         model: Runtime = subject.model
+        speed = speed and subject.has_presets  # in PyTorch, rounded weights are as fast as others
         return evaluate.run(
             model, subject.facts, contenders, windows, speed=speed, progress=progress
         )

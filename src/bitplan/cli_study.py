@@ -119,6 +119,8 @@ def run(
             stack.enter_context(Subject(path, folder, Setting(**values), report, index))
             for index, (path, folder) in enumerate(zip(paths, folders, strict=True))
         ]
+        if given["script"] or given["files"]:
+            _ = [s.header for s in subjects]  # both are GGUF's; other models are refused now
         if given["dry_run"] or given["script"]:
             rows = [study.listed(name, s, options) for s in subjects]
         if given["script"]:

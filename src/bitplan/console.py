@@ -92,6 +92,11 @@ def write(text: str) -> None:
     sys.stdout.write(text.rstrip("\n") + "\n")
 
 
+def note(text: str) -> None:
+    """What to know before long work starts, on stderr."""
+    sys.stderr.write(text.rstrip("\n") + "\n")
+
+
 def show(summary: str, document: str | dict[str, Any], as_json: bool, quiet: bool) -> None:
     """The summary for people, or one JSON document for programs."""
     if as_json:

@@ -12,7 +12,7 @@ from bitplan.budget import human
 from bitplan.errors import BudgetError, ModelFileError, RuntimeFailure, WriteError
 from bitplan.formats import Format
 from bitplan.gguf_file import Header
-from bitplan.machine import available_memory
+from bitplan.machine import available_memory, resident_memory
 from bitplan.runtimes import Runtime
 
 SMALLER_REFERENCE = "use its Q8_0 file as the reference (with --allow-requantize)"
@@ -66,6 +66,21 @@ def check_memory(path: Path, needed: int, instead: str) -> None:
             f"{path}: needs {human(needed)} of memory to be measured, but only {human(free)} is"
             f" free; {instead}."
         )
+
+
+def streaming(needed: int, path: Path) -> str:
+    """What to say before a model is read block by block. Raises RuntimeFailure without room.
+
+    needed: bytes at the peak, what the process has already included.
+    """
+    free, own = available_memory(), resident_memory()
+    if free is not None and needed - (own or 0) > free:
+        raise RuntimeFailure(
+            f"{path}: read block by block it needs {human(needed)} of memory, but only"
+            f" {human(free + (own or 0))} can be had; use fewer or shorter windows (--windows 1"
+            " --ctx 128)."
+        )
+    return f"{path} is read block by block; this takes up to {human(needed)} of memory."
 
 
 def check_disk(out: Path, needed: int) -> None:

@@ -32,3 +32,5 @@ class Setting:
     dtype: str = "auto"
     """Of the hf runtime: float32, float16, bfloat16; auto: as stored."""
     trust_remote_code: bool = False
+    stream: bool | None = None
+    """hf: read the model block by block; None: where it would not fit in memory."""

@@ -77,6 +77,8 @@ def run(
     """
     module = studies.get(name)
     for subject in subjects:
+        if files:
+            _ = subject.header  # files are GGUF's; another model is refused now
         subject.check()
     plans = [listed(name, s, options) for s in subjects]
     texts = [s.held_out.facts for s in subjects]

@@ -73,9 +73,11 @@ class Subject:
         """Of a GGUF file. Raises UsageError for studies that need one and have another model."""
         found = getattr(self.source, "header", None)
         if not isinstance(found, Header):
+            instead = "convert the model to GGUF for it"
+            if self.path.suffix == ".gguf":
+                instead = "leave out --runtime hf"
             raise UsageError(
-                f"{self.path}: this study, or option, writes or reads GGUF files; convert the model"
-                " to GGUF for it."
+                f"{self.path}: this study, or option, writes or reads GGUF files; {instead}."
             )
         return found
 
@@ -124,7 +126,7 @@ class Subject:
     @cached_property
     def model(self) -> Runtime:
         self.check()
-        return self._open.enter_context(self.source.open())
+        return self._open.enter_context(self.source.open(self.out))
 
     @cached_property
     def calibration(self) -> Windows:

@@ -73,8 +73,8 @@ class Source(Protocol):
         """Raises UsageError for a format that it cannot have, ImatrixError without a matrix."""
         ...
 
-    def open(self) -> Runtime:
-        """The loaded model; to be closed."""
+    def open(self, scratch: Path) -> Runtime:
+        """The loaded model; to be closed. scratch: folder for what does not fit in memory."""
         ...
 
 

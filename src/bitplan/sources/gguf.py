@@ -100,7 +100,7 @@ class GgufSource:
         formats.check_gguf(set(types.values()))
         gguf.check_importance(types, matrix)
 
-    def open(self) -> Runtime:
+    def open(self, scratch: Path) -> Runtime:
         from bitplan.runtimes.llamacpp import LlamaModel
 
         s = self.setting

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitplan import checkpoint, formats, gguf_file, identity, preflight, removal, units
+from bitplan import checkpoint, formats, gguf_file, identity, machine, preflight, removal, units
 from bitplan.artifacts import ModelFacts
 from bitplan.checkpoint import Checkpoint
 from bitplan.errors import RuntimeFailure, UsageError
@@ -25,6 +25,8 @@ from bitplan.units import Grouping, Unit
 if TYPE_CHECKING:
     from bitplan.runtimes.hf.layout import Layout
 
+_ROOM = 0.8
+"""Share of the free memory that weights may take: running them needs some too."""
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -51,7 +53,7 @@ class HfSource:
         from bitplan.runtimes.hf import layout, opening
 
         if self._is_gguf:
-            with self._opened as model:
+            with self._opened() as model:
                 found: Layout = model.layout
                 return found
         bare = opening.skeleton(self.checkpoint, trust=self.setting.trust_remote_code)
@@ -121,9 +123,8 @@ class HfSource:
         """Also that no weight is NaN or infinite: one would spoil every figure after hours."""
         if not self._is_gguf:
             checkpoint.check_finite(self.checkpoint)
-        preflight.check_memory(
-            self.path, self.nbytes, "use a machine with more, or a smaller model"
-        )
+        if self.setting.stream is False:
+            preflight.check_memory(self.path, self._loaded, "leave out --no-stream")
 
     def check_removal(self, layers: Collection[int]) -> None:
         """A block that is passed by adds nothing, whatever it is made of; one must stay."""
@@ -144,21 +145,39 @@ class HfSource:
 
             gguf.check_importance(types, matrix)
 
-    def open(self) -> Runtime:
-        model: Runtime = self._opened
+    def open(self, scratch: Path) -> Runtime:
+        model: Runtime = self._opened(scratch)
         return model
 
     @property
-    def _opened(self) -> Any:
+    def _loaded(self) -> int:
+        """Bytes of the weights once they are loaded."""
+        wide = {"auto": 0, "float32": 4}.get(self.setting.dtype, 2)
+        return self.nbytes if not wide or self._is_gguf else wide * self.checkpoint.weights
+
+    @cached_property
+    def streamed(self) -> bool:
+        """Whether it is read block by block: as asked, or where memory is too small for it."""
+        if self.setting.stream is not None or self._is_gguf:
+            return bool(self.setting.stream)
+        free = machine.available_memory()
+        return free is not None and self._loaded > _ROOM * free
+
+    def _opened(self, scratch: Path | None = None) -> Any:
         import torch
 
-        from bitplan.runtimes.hf import HfModel
+        from bitplan.runtimes.hf import HfModel, StreamedModel
 
         s = self.setting
         dtype = None if s.dtype == "auto" else getattr(torch, s.dtype)
-        return HfModel(
+        kind: Any = HfModel
+        more: dict[str, Any] = {}
+        if self.streamed and scratch is not None:
+            scratch.mkdir(parents=True, exist_ok=True)
+            kind, more = StreamedModel, {"folder": scratch}
+        return kind(
             self.path, ctx=s.ctx, threads=s.threads, device=s.device, dtype=dtype,
-            trust=s.trust_remote_code,
+            trust=s.trust_remote_code, **more,
         )  # fmt: skip
 
 

@@ -39,9 +39,15 @@ THREE, UNIFORM = "three levels", "uniform"
 
 
 class Options(Record):
-    high: str = Field("", description="Format of the most important. [default: q8_0; hf qint8]")
-    middle: str = Field("", description="Format of those between. [default: q4_k; hf qint4]")
-    low: str = Field("", description="Format of the least important. [default: q2_k; hf qint2]")
+    high: str = Field(
+        default="", description="Format of the most important. [default: q8_0; hf qint8]"
+    )
+    middle: str = Field(
+        default="", description="Format of those between. [default: q4_k; hf qint4]"
+    )
+    low: str = Field(
+        default="", description="Format of the least important. [default: q2_k; hf qint2]"
+    )
     order: str = Field(default="lim", description="Scorer that ranks the layers; reverse:NAME too.")
     outside: str = Field(
         default="", description="Format of embedding and output. [default: the middle format]"

@@ -152,12 +152,16 @@ class OpenModel:
 
     def tokenize(self, text: str) -> Rows:
         """Text -> token ids, special tokens in front as the model's tokenizer wants them."""
-        return encoding.tokenize(self.tokenizer, text, ends=self.is_classifier)
+        ids = encoding.tokenize(self.tokenizer, text, ends=self.is_classifier)
+        opening.check_tokens(self.path, ids[ids.argmax() :][:1].tolist(), self._rows())
+        return ids
 
     def encode(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
         """Examples of a classifier (one text, or a pair) -> token ids, at most `ctx` of each."""
         most = min(self.ctx, encoding.longest(self.model, self.tokenizer))
-        return encoding.encode(self.tokenizer, texts, most)
+        found = encoding.encode(self.tokenizer, texts, most)
+        opening.check_tokens(self.path, (max(ids, default=0) for ids in found), self._rows())
+        return found
 
     def text_bytes(self, tokens: Rows) -> int:
         """Bytes of text that these tokens stand for; special tokens stand for none."""

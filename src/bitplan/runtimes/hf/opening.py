@@ -7,8 +7,9 @@ hold are an error: transformers would fill them with random numbers and go on.
 from __future__ import annotations
 
 import contextlib
+import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def load_gguf(path: Path, device: torch.device, dtype: torch.dtype | None) -> tu
     gguf_file.read(path)  # its counts and offsets are checked there
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        with quiet():
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # a bar that nothing switches off
             model, notes = transformers.AutoModelForCausalLM.from_pretrained(
                 **where, dtype=dtype or torch.float32, output_loading_info=True
             )
@@ -180,11 +181,25 @@ def tokenizer(checkpoint: Checkpoint, *, trust: bool = False) -> Any:
 
 
 def check_vocabulary(path: Path, words: Any, rows: int) -> None:
-    """Raises ModelFileError when the tokenizer knows tokens that the model has no row for."""
-    if len(words) > rows:
+    """Raises ModelFileError when the tokenizer knows words that the model has no row for.
+
+    Tokens that were added to it may lie beyond: transformers adds an end of text to a GGUF file's,
+    which no text comes to. `check_tokens` sees to those that one does come to.
+    """
+    if words.vocab_size > rows:
         raise ModelFileError(
-            f"{path}: its tokenizer has {len(words)} tokens, its embedding only {rows} rows; they"
-            " belong to different models."
+            f"{path}: its tokenizer has {words.vocab_size} tokens, its embedding only {rows} rows;"
+            " they belong to different models."
+        )
+
+
+def check_tokens(path: Path, ids: Iterable[int], rows: int) -> None:
+    """Raises ModelFileError for a token that the model has no row for."""
+    beyond = next((i for i in ids if i >= rows), None)
+    if beyond is not None:
+        raise ModelFileError(
+            f"{path}: its tokenizer made token {beyond} of this text, its embedding has only {rows}"
+            " rows; use the tokenizer that the model was trained with."
         )
 
 

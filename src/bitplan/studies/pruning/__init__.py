@@ -36,8 +36,10 @@ MODELS = 1
 
 
 class Options(Record):
-    high: str = Field("", description="Format of layers that stay. [default: q8_0; hf qint8]")
-    low: str = Field("", description="Format of layers moved. [default: q4_k; hf qint4]")
+    high: str = Field(
+        default="", description="Format of layers that stay. [default: q8_0; hf qint8]"
+    )
+    low: str = Field(default="", description="Format of layers moved. [default: q4_k; hf qint4]")
     orders: str = Field(
         "lim,position",
         description="Scorers that rank the layers, with commas; position goes from the top.",

@@ -29,7 +29,9 @@ class Options(Record):
     high: str = Field(
         "", description="Format that MODEL's layers start in. [default: q4_k; hf qint4]"
     )
-    low: str = Field("", description="Format that they are moved to. [default: q2_k; hf qint2]")
+    low: str = Field(
+        default="", description="Format that they are moved to. [default: q2_k; hf qint2]"
+    )
     high_other: str = Field(
         "", description="Format that OTHER's layers start in. [default: q8_0; hf qint8]"
     )
