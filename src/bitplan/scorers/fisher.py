@@ -4,8 +4,8 @@ damage = 1/2 sum_i F_i (w_i - w'_i)^2, in nats per token, with F the diagonal of
 information of one scored position's prediction. To second order in w' - w, KL(reference || rounded)
 is 1/2 (w' - w)^T F (w' - w) (Kullback 1959, chapter 2.6); that only the diagonal counts is the
 approximation of Optimal Brain Damage (LeCun, Denker, Solla 1990), which Theis et al. 2018 (arXiv
-1801.05787, equation 7) took to the Fisher information. So it is comparable with `kl`, where weights
-err independently; and it knows small changes only.
+1801.05787) took to the Fisher information. So it is comparable with `kl`, where weights err
+independently; and it knows small changes only.
 
 F is the true one, of the model's own predictions, not that of the text's targets (SqueezeLLM, arXiv
 2306.07629, has the latter, the empirical one). A target drawn from the predictions would give it:

@@ -2,11 +2,11 @@
 
 damage = sum_i |g_i (w_i - w'_i)|, in nats per token, with g the gradient of the mean negative
 log-likelihood of the true next tokens over all scored positions; of a classifier, of the labels,
-which are drawn from the model's own prediction where nobody knows them. Each weight's part is taken
-without its sign (as Molchanov et al. 2017, arXiv 1611.06440, equation 8, for what is cut off; by
-group there), so it is what the text's loss would change by if no two weights' errors cancelled: an
-upper bound of the first-order change, and many times too large as a prediction. A trained model's g
-is near 0 for what its text is made of, and mostly noise; `fisher` does not have that weakness.
+which are drawn from the model's own prediction where nobody knows them. It is the first-order term
+of Molchanov et al. 2017 (arXiv 1611.06440), taken weight by weight and without signs: what the
+text's loss would change by if no two weights' errors cancelled, so an upper bound of the first
+order, and many times too large as a prediction. On the text that it learnt a model's g is near 0
+and mostly noise; `fisher` does not have that weakness.
 
 Each window takes one backward pass. All gradients are added up before the absolute value is taken,
 so a cell is one reading without a standard error. Kept in memory are 8 bytes of each sampled weight
