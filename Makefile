@@ -23,6 +23,8 @@ bench: $(VENV)/.ready-hf
 	$(BIN)/python benchmarks/probes.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/study.py
+	$(BIN)/python benchmarks/reuse.py
+	$(BIN)/python benchmarks/scorers.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
