@@ -73,6 +73,17 @@ def test_evaluate_compares_two_folders(llama: Path, words: Path, tmp_path: Path)
     assert next(m["value"] for m in own if m["metric"] == "kl") == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
+def test_evaluate_tells_the_accuracy_of_a_classifier(tiny_classifier: Path, tmp_path: Path) -> None:
+    model, dev = tiny_classifier / "model", tiny_classifier / "dev.tsv"
+    done = run("evaluate", model, "--reference", model, "--text", dev, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "400 examples" in done.stdout
+    assert "accuracy 87.2 % ± 1.7 %" in done.stdout  # 349 of 400
+    assert "nats/example" in done.stdout
+    assert "perplexity" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [

@@ -96,35 +96,37 @@ def of_plan(plan: Plan) -> str:
 
 
 def of_evaluation(evaluation: Evaluation) -> str:
-    """Every candidate with its KL, the best first and marked."""
+    """Every candidate with its KL, the best first and marked; a classifier's with its accuracy."""
     ranked = sorted(evaluation.candidates, key=lambda c: evaluation.kl(c.name))
-    base = evaluation.reference.value("perplexity")
+    reference = evaluation.reference
+    labels = reference.value("accuracy") is not None
+    own, what = ("accuracy", "examples of up to") if labels else ("perplexity", "windows of")
+    base, error = reference.value(own), reference.stderr(own) if labels else None
     head = [
         f"{plain(evaluation.model.name)} on {plain(evaluation.text.source)},"
-        f" {evaluation.text.windows} windows of {evaluation.text.ctx} tokens",
-        f"reference: {human(evaluation.reference.bytes)}"
-        + (f", perplexity {sig(base)}" if base is not None else ""),
+        f" {evaluation.text.windows} {what} {evaluation.text.ctx} tokens",
+        f"reference: {human(reference.bytes)}"
+        + (f", {own} {measurement(own, base, error)}" if base is not None else ""),
     ]
     if not ranked:
         return _lines(head)
     most = max((k for k in map(_kl, ranked) if math.isfinite(k)), default=0.0)
-    table: list[tuple[str, ...]] = [
-        ("", "model", "size", "KL, nats/token", "", "perplexity", "top-1")
-    ]
-    table += [_candidate(c, c is ranked[0], most) for c in ranked]
+    unit = "nats/example" if labels else "nats/token"
+    table: list[tuple[str, ...]] = [("", "model", "size", f"KL, {unit}", "", own, "top-1")]
+    table += [_candidate(c, own, c is ranked[0], most) for c in ranked]
     told = verdict.of(evaluation, None, None)
     return _lines([*head, "", *columns(table, "llrrlrr"), "", *wrap(told.why)])
 
 
-def _candidate(one: Candidate, best: bool, most: float) -> tuple[str, ...]:
-    kl, ppl, top = one.value("kl"), one.value("perplexity"), one.value("top1_agreement")
+def _candidate(one: Candidate, own: str, best: bool, most: float) -> tuple[str, ...]:
+    kl, value, top = one.value("kl"), one.value(own), one.value("top1_agreement")
     return (
         "*" if best else "",
         one.name,
         human(one.bytes),
         with_error(kl, one.stderr("kl")) if kl is not None else "",
         bar(_kl(one), most, 8),
-        measurement("perplexity", ppl) if ppl is not None else "",
+        measurement(own, value) if value is not None else "",
         percent(top, 1) if top is not None else "",
     )
 

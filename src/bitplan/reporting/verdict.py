@@ -15,7 +15,7 @@ from bitplan.metrics import told
 from bitplan.reporting.wording import percent, plain, sig, with_error
 
 QUALITY = {
-    "bytes": "Size", "bpw": "Bits per weight", "perplexity": "Perplexity",
+    "bytes": "Size", "bpw": "Bits per weight", "perplexity": "Perplexity", "accuracy": "Accuracy",
     "perplexity_ratio": "Perplexity ratio", "kl": "Mean KL", "kl_p99": "KL, 99th percentile",
     "top1_agreement": "Top-1 agreement",
 }  # fmt: skip
