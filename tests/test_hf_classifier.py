@@ -247,3 +247,9 @@ def test_minilm_is_right_on_777_of_872(shared: Path, sst2: Path) -> None:
     assert found["accuracy"].stderr == pytest.approx(0.0105511, abs=1e-7)
     # float32 logits of about 3 through 6 layers, sums of up to 1,536 numbers in another order
     assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_fewer_windows_run_together_where_logits_are_many() -> None:
+    assert batches.parallel(512, 255 * 32_000) == 4
+    assert batches.parallel(512, 255 * 4_000_000) == 1
+    assert batches.parallel(4096, 2047 * 256_000) == 1

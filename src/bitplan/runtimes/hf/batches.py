@@ -11,7 +11,21 @@ import numpy.typing as npt
 Rows = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.int64]
 
-TOKENS = 2048  # of one run
+TOKENS = 2048
+"""Of one run."""
+LOGITS = 1 << 30
+"""Bytes of logits that one run may give."""
+EXAMPLES = 64
+"""Of a classifier, that are one group of work; `by_length` cuts them into runs."""
+
+
+def parallel(ctx: int, logits: int) -> int:
+    """Windows of `ctx` tokens that run together, each with so many logits.
+
+    By the model alone and not by what memory is free just now: readings are kept by groups of
+    windows, and a run that goes on elsewhere must find the same groups.
+    """
+    return max(1, min(TOKENS // ctx, LOGITS // (4 * max(logits, 1))))
 
 
 def lengths(rows: Rows) -> npt.NDArray[np.intp]:

@@ -64,7 +64,9 @@ class OpenModel:
         if not self.is_classifier:
             opening.check_context(self.path, self.model, ctx)
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.parallel = max(1, batches.TOKENS // ctx)
+        self.parallel = batches.EXAMPLES
+        if not self.is_classifier:
+            self.parallel = batches.parallel(ctx, self.positions * self.n_vocab)
         self._stream = stream.Stream(self.layout.count, devices.room(self._device) if reuse else 0)
         self._stream.attach(self.model.get_submodule(self.layout.blocks))
 
