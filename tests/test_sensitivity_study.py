@@ -302,6 +302,7 @@ def test_joint_losses_are_told_from_sums(
         f"{100 * round(26 * factor) / N:.2f} % at once and {100 * 26 / N:.2f} % added up"
         in found.text
     )
+    assert factor == 1 or "for k = 2, 4, 6, 8, 10, 12." in found.text
     rows = [r for r in table(story, "Losses added up").rows if r[0] == "q4_k"]
     assert [r[1] for r in rows] == ["accuracy", "NLL", "KL"]
     assert [r[5] for r in rows if r[1] == "KL"] == ["no" if factor == 1 else "yes"]
@@ -413,10 +414,10 @@ def setting(model: Path, dev: Path, train: Path) -> Setting:
     )
 
 
-def by_hand(folder: Path, layer: str, rows: Any, bits: int) -> int:
+def by_hand(folder: Path, layer: str, rows: Any, bits: int, spared: float = 0.5) -> int:
     """How many examples are right when a layer's matrices are rounded by plain PyTorch.
 
-    One scale for each matrix, absmax / (2^bits - 1) x 2, numbers from -2^(bits-1) on.
+    One scale for each matrix, absmax / (2^(bits-1) - spared), numbers from -2^(bits-1) on.
     """
     import torch
     import transformers
@@ -427,7 +428,7 @@ def by_hand(folder: Path, layer: str, rows: Any, bits: int) -> int:
     with torch.no_grad():
         for name, module in model.named_modules():
             if layer in name and isinstance(module, torch.nn.Linear):
-                scale = module.weight.abs().max() / (most - 0.5)
+                scale = module.weight.abs().max() / (most - spared)
                 module.weight.copy_((module.weight / scale).round().clamp(-most, most - 1) * scale)
         found = 0
         for row in rows:
@@ -479,6 +480,8 @@ def test_the_published_study_on_sst2(shared: Path, tmp_path: Path) -> None:
     assert right["layer_1_int4-tensor"] == pytest.approx(
         by_hand(folder, "layer.1.", rows, 4), abs=2
     )
+    plain = [777 - by_hand(folder, f"layer.{n}.", rows, 4, spared=1) for n in range(6)]
+    assert plain == pytest.approx([23, 23, 22, 3, 1, 0], abs=2)
     story = result.story
     assert finding(story, "Only the layer ranked least").shown is False
     assert finding(story, "All 6 layers at once in int4-tensor").shown

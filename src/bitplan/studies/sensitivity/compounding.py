@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitplan.metrics import mean, told
-from bitplan.reporting.wording import sig, with_error
+from bitplan.reporting.wording import ranges, sig, with_error
 from bitplan.results import Chart, Finding, Table
 from bitplan.studies import Case, pictures
 from bitplan.studies.sensitivity.losses import Measure, percent, sentence
@@ -78,7 +78,7 @@ def _finding(seen: View, fmt: str) -> Finding:
     stands = next((a for a in reversed(found) if a.told), found[-1])
     text = sentence([_told(seen, a) for a in found])
     if fmt == seen.low:
-        text += _from(seen)
+        text += _first(seen)
     return Finding(
         title=f"All {stands.count} layers at once in {fmt}, against the sum of each alone",
         text=text, difference=stands.gap[0], stderr=stands.gap[1], shown=stands.told,
@@ -97,12 +97,12 @@ def _told(seen: View, found: Adding) -> str:
     )
 
 
-def _from(seen: View) -> str:
-    """From how many layers on the joint loss is told apart from the sum."""
-    steps = [a.count for a in curve(seen, "kl") if a.count > 1 and a.told]
-    if not steps:
-        return " However many of the first layers are taken, KL does not tell the two apart."
-    return f" With the first layers alone, KL tells the two apart from {min(steps)} layers on."
+def _first(seen: View) -> str:
+    """For how many of the first layers the joint loss is told apart from the sum."""
+    told_of = [a.count for a in curve(seen, "kl") if a.count > 1 and a.told]
+    if not told_of:
+        return " For no number k of the first layers does KL tell the two apart."
+    return f" With the first k layers alone, KL tells the two apart for k = {ranges(told_of)}."
 
 
 def _plain(found: Adding, value: float) -> str:
