@@ -40,12 +40,6 @@ def locate(name: str, revision: str = "") -> Path:
     return _download(repo, revision or own, wanted)
 
 
-def revision_of(path: Path) -> str:
-    """The commit whose snapshot in the hub's cache this file or folder is; '' for any other."""
-    snapshot = _snapshot(path)
-    return snapshot.name if snapshot else ""
-
-
 def stem(path: Path) -> str:
     """What an output folder is named after: the file's stem, the folder's or repository's name."""
     if not path.is_dir():
