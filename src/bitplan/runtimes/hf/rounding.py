@@ -1,10 +1,10 @@
 """Weights after a round trip through a format, in PyTorch. Tensors in, tensors out.
 
-Integers and fp8 are rounded as compressed-tensors 0.20 does with the scales of llm-compressor's
-min-max observer, quanto's types as optimum-quanto 0.2.7 does for an `nn.Linear`, GGUF's types by
-ggml itself. The first two are written out here, step for step in the weights' own dtype, because
-each step rounds; neither library is needed to run this, and the tests compare every bit. What is
-computed is what the libraries compute on a CPU, wherever the weights lie.
+Integers and fp8 are rounded as compressed-tensors 0.20 does (`quantizers/integers.py`), quanto's
+types as optimum-quanto 0.2.7 does for an `nn.Linear`, GGUF's types by ggml itself. quanto's are
+written out here, step for step in the weights' own dtype, because each step rounds; the library is
+not needed to run this, and the tests compare every bit. What is computed is what the libraries
+compute on a CPU, wherever the weights lie.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bitplan import schemes
 from bitplan.errors import ModelFileError, UsageError
 from bitplan.formats import Format
+from bitplan.quantizers import integers
 from bitplan.schemes import Scheme
 
 Importance = npt.NDArray[np.float32]
@@ -61,25 +61,7 @@ def rounded(
 
 
 def _compressed(weights: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """compressed-tensors: `calculate_qparams`, then `quantize` and `dequantize`.
-
-    Zero is always within the range. A scale that comes out 0 becomes the dtype's eps; the zero
-    point is free then, since all weights become 0.
-    """
-    groups = _split(weights, scheme)
-    shared = (-2, -1) if scheme.strategy == "tensor" else -1
-    low = groups.amin(shared, keepdim=True).clamp_(max=0)
-    high = groups.amax(shared, keepdim=True).clamp_(min=0)
-    least, most = _range(scheme)
-    if scheme.symmetric:
-        zero = torch.zeros_like(low)
-        scale = _divided(torch.maximum(-low, high), (most - least) / 2)
-    else:
-        scale = _divided(high - low, most - least)
-        zero = (least - low / scale).clamp_(least, most).round_().nan_to_num_(0)
-    scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
-    out = (groups / scale).add_(zero).clamp_(least, most)
-    return _nearest(out, scheme).sub_(zero).mul_(scale)
+    return integers.rtn(weights, scheme).weights()
 
 
 def _quanto(weights: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -88,42 +70,22 @@ def _quanto(weights: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     Where all weights are equal the scale is 0, and NaN the quotient. As an integer that is 0, which
     gives the weights back; as an 8-bit float it stays NaN.
     """
-    least, most = _range(scheme)
+    least, most = integers.limits(scheme)
     if scheme.symmetric:
-        scale = _divided(weights.abs().amax(-1, keepdim=True), most)
+        scale = integers.divided(weights.abs().amax(-1, keepdim=True), most)
         out = _nearest((weights / scale).clamp_(least, most), scheme)
         return (out if scheme.e4m3 else out.nan_to_num_(0)).mul_(scale)
-    groups = _split(weights, scheme)
+    groups = integers.split(weights, scheme)
     split = groups.dim() > weights.dim()
     # a single row that is not split is taken along the other axis: a scale for every weight
     shared = -2 if weights.shape[-2] == 1 and not split else -1
     low, high = groups.amin(shared, keepdim=True), groups.amax(shared, keepdim=True)
-    scale, shift = _divided(high - low, most - least), -low
+    scale, shift = integers.divided(high - low, most - least), -low
     out = (groups + shift).div_(scale).clamp_(0, most - least).round_().nan_to_num_(0)
     if weights.dtype == torch.bfloat16 and scheme.bits == 4 and split and groups.shape[-1] == 128:
         half = 8 * scale  # TinyGemmWeightQBitsTensor keeps the middle of the range, rounded
         shift = half - (half - shift)
     return out.mul_(scale).sub_(shift)
-
-
-def _range(scheme: Scheme) -> tuple[int, int]:
-    """The least and the largest number."""
-    half = 2 ** (scheme.bits - 1)
-    return (-448, 448) if scheme.e4m3 else (-half, half - 1)
-
-
-def _split(weights: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """[..., rows, groups, group], or the weights as they are where rows are not split."""
-    group = schemes.grouped(scheme, weights.shape[-1])
-    return weights.unflatten(-1, (-1, group)) if group else weights
-
-
-def _divided(values: torch.Tensor, number: float) -> torch.Tensor:
-    """Values by a number that their dtype holds exactly.
-
-    As a tensor on their device: by a plain number a GPU multiplies with the reciprocal instead.
-    """
-    return values / torch.full((), number, dtype=values.dtype, device=values.device)
 
 
 def _nearest(values: torch.Tensor, scheme: Scheme) -> torch.Tensor:
