@@ -21,7 +21,7 @@ _SCALE_BITS = 16
 SUGGESTED = (
     *(f"int{b}-{s}" for b in range(2, 9) for s in ("g32", "g64", "g128", "channel", "tensor")),
     *(f"int{b}-g128-asym" for b in range(2, 9)),
-    "fp8-channel", "fp8-tensor", "qint2", "qint4", "qint8", "qfloat8",
+    "fp8-channel", "fp8-tensor", "w8a8", "qint2", "qint4", "qint8", "qfloat8",
 )  # fmt: skip
 """Names to point to when one is misspelt; any other group that is a multiple of 8 exists too."""
 
@@ -41,12 +41,16 @@ class Scheme:
     """No zero point (in quanto: no shift)."""
     e4m3: bool = False
     """The numbers are 8-bit floats, not integers."""
+    activations: int = 0
+    """Bits that inputs are rounded to as well, each token by its own scale; 0: they are not."""
 
     @property
     def name(self) -> str:
         """The one spelling that artefacts use."""
         if self.kind == "quanto":
             return "qfloat8" if self.e4m3 else f"qint{self.bits}"
+        if self.activations:
+            return f"w{self.bits}a{self.activations}"
         where = f"g{self.group}" if self.strategy == "group" else self.strategy
         head = "fp8" if self.kind == "float" else f"int{self.bits}"
         return f"{head}-{where}" + ("" if self.symmetric else "-asym")
@@ -82,8 +86,10 @@ def parse(name: str) -> Scheme | None:
 
     `int4-g128`, `int4-channel`, `int4-tensor`, each with `-asym`; 2 to 8 bits, groups of any
     multiple of 8; `int4` is `int4-g128`. `fp8-channel`, which is `fp8`, and `fp8-tensor`.
-    `qint2`, `qint4`, `qint8` and `qfloat8`.
+    `qint2`, `qint4`, `qint8` and `qfloat8`. `w8a8`: `int8-channel`, with activations of 8 bits.
     """
+    if name == "w8a8":
+        return Scheme("int", 8, "channel", activations=8)
     if name in ("fp8", "fp8-channel", "fp8-tensor"):
         return Scheme("float", 8, "tensor" if name == "fp8-tensor" else "channel", e4m3=True)
     if name in ("qint8", "qfloat8"):
@@ -149,7 +155,7 @@ def _compressed_bytes(scheme: Scheme, rows: int, row: int, scale_bytes: int) -> 
     """
     groups = row // (grouped(scheme, row) or row)
     scales = 1 if scheme.strategy == "tensor" else rows * groups
-    if scheme.kind == "float":
+    if scheme.kind == "float" or scheme.activations:  # a byte each, not packed
         return rows * row + scales * scale_bytes
     zeros = 1 if scheme.strategy == "tensor" else groups * _packed(rows, scheme.bits)
     shape = 16  # two int64

@@ -1,4 +1,4 @@
-"""Activations of a PyTorch model: squares of every weight's inputs, cosines across every block.
+"""Activations of a PyTorch model: what every weight is multiplied with, cosines across every block.
 
 Instead of hooks on known modules, every matrix product is looked at: where its second factor lies
 in a weight's memory, its first one is that weight's input. So experts that are run one by one out
@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,18 +23,26 @@ from bitplan.runtimes.hf.stream import Stream
 from bitplan.runtimes.statistics import Captured
 
 
-class InputSquares(TorchFunctionMode):  # type: ignore[misc]
-    """Within the block, sums of squared inputs of these weights are added up."""
+Seen = Callable[[Weight, int, torch.Tensor], None]
+"""Told of each product: the weight, which of its matrices, and its inputs [tokens, row]."""
+
+
+class Inputs(TorchFunctionMode):  # type: ignore[misc]
+    """Within the block `seen` is told of every product of these weights."""
 
     def __init__(
         self,
         weights: Mapping[str, tuple[Weight, torch.Tensor]],
-        sums: Captured,
+        seen: Seen,
         mask: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        """mask [batch, tokens]: 0 for padding, which is left out."""
+        """mask [batch, tokens]: 0 for padding, which is left out.
+
+        Weights that are multiplied with one and the same tensor are told of one and the same.
+        """
         super().__init__()
-        self._sums, self._mask = sums, None if mask is None else torch.from_numpy(mask).bool()
+        self._seen, self._mask = seen, None if mask is None else torch.from_numpy(mask).bool()
+        self._last: tuple[torch.Tensor, int, torch.Tensor] | None = None
         places = sorted((p.data_ptr(), w, p) for w, p in weights.values())
         self._starts = [start for start, _, _ in places]
         self._weights = [(w, p) for _, w, p in places]
@@ -52,19 +60,21 @@ class InputSquares(TorchFunctionMode):  # type: ignore[misc]
 
     def _see(self, inputs: torch.Tensor, factor: torch.Tensor) -> None:
         found = self._of(factor)
-        if found is None:
-            return
-        weight, matrix = found
-        shape = weight.tensor.shape
-        row, matrices = shape[-1], shape[0] if len(shape) == 3 else 1
+        if found is not None:
+            weight, matrix = found
+            self._seen(weight, matrix, self._flat(inputs, weight.tensor.shape[-1]))
+
+    def _flat(self, inputs: torch.Tensor, row: int) -> torch.Tensor:
+        """[tokens, row] without padding; made once for all that share an input."""
+        last = self._last
+        if last and last[0] is inputs and last[1] == inputs._version:
+            return last[2]
         flat = inputs.detach()
         if self._mask is not None and flat.shape[:-1] == self._mask.shape:
             flat = flat[self._mask.to(flat.device)]
-        flat = flat.reshape(-1, row).float()
-        squares, counts = np.zeros((matrices, row)), np.zeros(matrices)
-        squares[matrix] = flat.square().sum(0, dtype=torch.float64).cpu().numpy()
-        counts[matrix] = len(flat)
-        self._sums.add_squares(weight.tensor.name, squares, counts)
+        flat = flat.reshape(-1, row)
+        self._last = (inputs, inputs._version, flat)
+        return flat
 
     def _of(self, factor: torch.Tensor) -> tuple[Weight, int] | None:
         """The weight that a factor lies in, and which of its matrices it is."""
@@ -82,6 +92,20 @@ class InputSquares(TorchFunctionMode):  # type: ignore[misc]
         return weight, offset // (shape[-1] * shape[-2]) if len(shape) == 3 else 0
 
 
+def squares(sums: Captured) -> Seen:
+    """Adds up squared inputs, for the importance matrix."""
+
+    def see(weight: Weight, matrix: int, inputs: torch.Tensor) -> None:
+        shape = weight.tensor.shape
+        matrices = shape[0] if len(shape) == 3 else 1
+        found, counts = np.zeros((matrices, shape[-1])), np.zeros(matrices)
+        found[matrix] = inputs.float().square().sum(0, dtype=torch.float64).cpu().numpy()
+        counts[matrix] = len(inputs)
+        sums.add_squares(weight.tensor.name, found, counts)
+
+    return see
+
+
 @contextlib.contextmanager
 def watching(
     weights: Mapping[str, tuple[Weight, torch.Tensor]],
@@ -93,7 +117,7 @@ def watching(
     """Within the block runs add to the sums: what and mask as for `HfModel.capture`."""
     if "similarity" in what:
         stream.watcher = functools.partial(cosine, sums, mask=mask)
-    seeing = InputSquares(weights, sums, mask)
+    seeing = Inputs(weights, squares(sums), mask)
     try:
         with seeing if "second_moments" in what else contextlib.nullcontext():
             yield

@@ -8,6 +8,7 @@ example: its label (-1: unknown), then its tokens, then -1 to the end.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -56,12 +57,16 @@ class HfModel(OpenModel):
             found[group] = self._run(windows[group])
         yield from found
 
-    def walk(self, windows: Rows) -> Iterator[walking.Step]:
-        """Each block in turn, with its inputs for all windows, and what lies before and after."""
+    def walk(self, windows: Rows, *, as_is: bool = False) -> Iterator[walking.Step]:
+        """Each block in turn, with its inputs for all windows, and what lies before and after.
+
+        as_is: what one stage hands on is made of its weights as they stand when it is left, so
+        that a block that was quantized passes its errors on; else of the reference's.
+        """
         groups = self._groups(windows)
         masks = [batches.mask(windows[g]) if self.is_classifier else None for g in groups]
         rows = [walking.Batch(windows[g], mask) for g, mask in zip(groups, masks, strict=True)]
-        return walking.walk(self._walked(), rows)
+        return walking.walk(dataclasses.replace(self._walked(), as_is=as_is), rows)
 
     def _walked(self) -> walking.Walked:
         return walking.Walked(

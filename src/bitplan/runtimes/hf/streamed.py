@@ -109,6 +109,26 @@ class StreamedModel(HfModel):
                 _put(self.model, name, empty)
             self.weights = Weights(self.model, self.layout, self.threads)
 
+    def stages(self) -> Iterator[int]:
+        """The stages of a walk, each with its weights in memory; nothing is run."""
+        for layer in range(-1, self.layout.count + 1):
+            with self._loaded(layer):
+                yield layer
+
+    def within(self, layer: int) -> list[str]:
+        """The weights of a stage: of a block, or all outside the blocks."""
+        place = layer if 0 <= layer < self.layout.count else None
+        return [n for n in self.layout.weights if self.layout.layer_of(n) == place]
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A weight in memory as it stands, [.., out, in], in the dtype that the files have."""
+        return self.weights.parameter(name).to(opening.dtype_of(self.checkpoint))
+
+    @property
+    def shards(self) -> Shards:
+        """Where its weights lie."""
+        return self._shards
+
     def _of_block(self, layer: int) -> list[str]:
         return [n for n in self._shards.names if self.layout.layer_of(n) == layer]
 
@@ -187,7 +207,7 @@ class StreamedModel(HfModel):
                 continue
             here = self._unseen(sums) if moments else {}
             for i, batch in enumerate(step.batches):
-                with capturing.InputSquares(here, sums, batch.mask):
+                with capturing.Inputs(here, capturing.squares(sums), batch.mask):
                     after = step.reference(i)
                 if block and similar:
                     capturing.cosine(sums, step.layer, step.input(i), after, batch.mask)

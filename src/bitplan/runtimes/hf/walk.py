@@ -45,6 +45,8 @@ class Walked:
     """As `Runtime.rounded`."""
     held: Callable[[], bool]
     """Whether weights are rounded, or blocks left out, at the moment."""
+    as_is: bool = False
+    """Each stage hands on what its weights make as they stand when it is left, rounded or not."""
     most: int = MOST_KEPT
     """Bytes of activations kept in memory; the rest goes to a file."""
     folder: Path | None = None
@@ -102,9 +104,12 @@ class Step:
 
     def reference(self, i: int) -> torch.Tensor:
         """As `run` with no weight rounded: computed once, when first asked for, and what enters
-        the next stage. Raises RuntimeFailure while weights are rounded, or for NaN."""
+        the next stage. Raises RuntimeFailure while weights are rounded, or for NaN.
+
+        On a walk `as_is` with the weights as they stand.
+        """
         while len(self._outputs) <= i:
-            if self._walked.held():
+            if self._walked.held() and not self._walked.as_is:
                 raise RuntimeFailure(
                     "weights are rounded where the reference's activations are needed; restore them"
                     " first."

@@ -37,6 +37,10 @@ class Weights:
         """The reference's values, [.., out, in], whatever is held now."""
         return self._originals[name] if name in self._originals else self.parameter(name)
 
+    def replace(self, name: str, values: torch.Tensor) -> None:
+        """From now on a weight has these values [.., out, in], for good."""
+        self.parameter(name).copy_(values)
+
     def places(self) -> dict[str, tuple[Weight, torch.Tensor]]:
         """Weight -> what it is and the memory it lies in."""
         return {n: (w, self._parameters[w.parameter]) for n, w in self.layout.weights.items()}

@@ -1,0 +1,84 @@
+"""Second moments of what weights are multiplied with: all that GPTQ, AWQ and SpQR ask of a text.
+
+Fed by `capture.Inputs`; weights that share an input (q, k and v) share one sum.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bitplan.errors import RuntimeFailure
+from bitplan.runtimes.hf.layout import Weight
+
+Key = tuple[str, int]
+"""A weight and which of its matrices."""
+
+
+class Grams:
+    """Sums over tokens of x x^T, |x| and the largest |x|, for each weight that was seen."""
+
+    def __init__(self) -> None:
+        self._of: dict[Key, Key] = {}
+        """Whose sums are a weight's too."""
+        self._sums: dict[Key, Sums] = {}
+        self._last: tuple[Key, torch.Tensor] | None = None
+
+    def see(self, weight: Weight, matrix: int, inputs: torch.Tensor) -> None:
+        """As `capture.Seen`: inputs [tokens, row]."""
+        key = (weight.tensor.name, matrix)
+        same = self._last[0] if self._last and self._last[1] is inputs else key
+        if self._of.setdefault(key, same) != key:
+            if same == key:
+                raise RuntimeFailure(
+                    f"{key[0]}: shares its input with other weights in some runs and not in others;"
+                    " this architecture is not handled."
+                )
+            return
+        self._sums.setdefault(key, Sums(inputs)).add(inputs)
+        self._last = (key, inputs)
+
+    def __contains__(self, name: str) -> bool:
+        return any(n == name for n, _ in self._of)
+
+    def mean(self, name: str, matrices: int = 0) -> torch.Tensor:
+        """E[x x^T] of a weight's inputs, [row, row] float32; with matrices (experts) [.., row, row]
+        of each, zero for those that no token came to."""
+        if not matrices:
+            return self.of(name).mean
+        some = next(self.of(n, m).mean for n, m in self._of if n == name)
+        each = (self.of(name, m).mean if (name, m) in self._of else 0 * some for m in range(matrices))
+        return torch.stack(list(each))
+
+    def of(self, name: str, matrix: int = 0) -> Sums:
+        return self._sums[self._of[name, matrix]]
+
+    def sharing(self, name: str) -> list[str]:
+        """All weights that have this one's input, itself included."""
+        return [n for (n, m), key in self._of.items() if key == self._of[name, 0] and m == 0]
+
+
+class Sums:
+    """Over the tokens of one input [tokens, row]."""
+
+    def __init__(self, inputs: torch.Tensor) -> None:
+        row, like = inputs.shape[-1], {"device": inputs.device, "dtype": torch.float32}
+        self.products = torch.zeros(row, row, **like)
+        """Sum of x x^T."""
+        self.absolute = torch.zeros(row, **like)
+        """Sum of |x|."""
+        self.largest = torch.zeros(row, **like)
+        """Largest |x|."""
+        self.tokens = 0
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """E[x x^T]."""
+        return self.products / max(self.tokens, 1)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        wide = inputs.float()
+        self.products.addmm_(wide.T, wide)
+        size = wide.abs()
+        self.absolute += size.sum(0)
+        torch.maximum(self.largest, size.amax(0), out=self.largest)
+        self.tokens += len(inputs)
