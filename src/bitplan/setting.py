@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitplan.engines import Engine
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -31,6 +33,8 @@ class Setting:
     """Of the hf runtime: cpu, cuda, mps."""
     dtype: str = "auto"
     """Of the hf runtime: float32, float16, bfloat16; auto: as stored."""
+    engine: Engine = ""
+    """What a written hf model is for: decides what must share a format."""
     trust_remote_code: bool = False
     stream: bool | None = None
     """hf: read the model block by block; None: where it would not fit in memory."""

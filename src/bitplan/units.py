@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from bitplan import formats
+from bitplan import formats, stored
 from bitplan.errors import UsageError
 from bitplan.formats import Format
 from bitplan.gguf_file import Header
+from bitplan.safetensors_layout import Entry
 from bitplan.tensors import Tensor
 
 Grouping = Literal["tensor", "module", "layer"]
@@ -50,6 +51,11 @@ class Unit:
     """What each tensor's data is padded to in the file."""
     is_embedding: bool = False
     """Looked up, not multiplied: engines load integers (not GGUF's types) for the latter only."""
+    floats_only: bool = False
+    """The engine that the model is written for loads no integers for it."""
+    entries: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+    """Of safetensors files: tensor -> what it consists of there (experts are stored one by one);
+    empty for others."""
 
     @property
     def weights(self) -> int:
@@ -58,7 +64,7 @@ class Unit:
 
     def keeps(self, fmt: Format) -> bool:
         """Whether it stays as it is where this format is asked for."""
-        return self.is_embedding and fmt.scheme is not None
+        return (self.is_embedding or self.floats_only) and fmt.scheme is not None
 
     def types(self, fmt: Format) -> dict[str, Format]:
         """Tensor -> format really stored: `fmt`, or its fallback where rows do not divide.
@@ -70,11 +76,24 @@ class Unit:
         return {t.name: formats.fitting(fmt, t.shape[-1]) for t in self.tensors}
 
     def stored(self, types: Mapping[str, str]) -> int:
-        """Bytes with these formats by tensor, the own one where none is named; padded."""
+        """Bytes with these formats by tensor, the own one where none is named; padded, or with
+        their share of a safetensors header."""
+        if self.entries:
+            return sum(e.whole for e in self.written(types))
         return sum(
             padded(tensor_bytes(t, types.get(t.name, t.fmt.name)), self.alignment)
             for t in self.tensors
         )
+
+    def written(self, types: Mapping[str, str]) -> list[Entry]:
+        """What stands for it in safetensors files, with these formats by tensor."""
+        own = {t.name: t.fmt.name for t in self.tensors}
+        return [
+            part
+            for name, there in self.entries.items()
+            for entry in there
+            for part in parts(entry, formats.get(types.get(name, own[name])), own[name])
+        ]
 
     def nbytes(self, fmt: Format) -> int:
         """Bytes in the file, each tensor padded to the file's alignment."""
@@ -88,6 +107,20 @@ def tensor_bytes(tensor: Tensor, fmt: str) -> int:
     # scales that are stored beside integers keep the type of the weights they scale
     scale = 4 if tensor.fmt.name == "f32" else 2
     return formats.nbytes(formats.get(fmt), tensor.shape, scale)
+
+
+def parts(entry: Entry, fmt: Format, own: str) -> list[Entry]:
+    """What stands for a weight of a safetensors file in a format.
+
+    own: the name of the format that it is opened in, which stands for what the file has. What no
+    engine loads (GGUF's types, SpQR) counts as so many bytes.
+    """
+    if fmt.name == own:
+        return [entry]
+    if fmt.is_float or (fmt.scheme and fmt.scheme.is_loadable):
+        return stored.parts(fmt, entry.name, entry.shape, entry.dtype)
+    nbytes = formats.nbytes(fmt, entry.shape, 4 if entry.dtype == "F32" else 2)
+    return [Entry(entry.name, "U8", (nbytes,))]
 
 
 def everywhere(units: Iterable[Unit], name: str) -> dict[str, str]:

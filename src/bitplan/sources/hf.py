@@ -5,14 +5,23 @@ Units come from the architecture without weights, so nothing is loaded before `o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitplan import checkpoint, formats, gguf_file, identity, machine, preflight, removal, units
+from bitplan import (
+    checkpoint,
+    formats,
+    gguf_file,
+    identity,
+    machine,
+    preflight,
+    removal,
+    safetensors_layout,
+    units,
+)
 from bitplan.artifacts import ModelFacts
 from bitplan.checkpoint import Checkpoint
 from bitplan.errors import RuntimeFailure, UsageError
@@ -24,6 +33,7 @@ from bitplan.units import Grouping, Unit
 
 if TYPE_CHECKING:
     from bitplan.runtimes.hf.layout import Layout
+    from bitplan.runtimes.hf.shards import Shards
 
 _ROOM = 0.8
 """Share of the free memory that weights may take: running them needs some too."""
@@ -50,14 +60,30 @@ class HfSource:
     @cached_property
     def layout(self) -> Layout:
         """Blocks and weights; a GGUF file is opened for it, a folder is not."""
-        from bitplan.runtimes.hf import layout, opening
+        from bitplan.runtimes.hf import layout
 
         if self._is_gguf:
             with self._opened() as model:
                 found: Layout = model.layout
                 return found
-        bare = opening.skeleton(self.checkpoint, trust=self.setting.trust_remote_code)
-        return layout.find(bare, bare.config, self.path)
+        found = layout.find(self._bare, self._bare.config, self.path)
+        return found.within(self.shards, self.setting.engine)
+
+    @cached_property
+    def shards(self) -> Shards:
+        """Where the weights of a folder lie."""
+        import torch
+
+        from bitplan.runtimes.hf.shards import Shards
+
+        return Shards(self._bare, self.checkpoint, torch.device("cpu"))
+
+    @cached_property
+    def _bare(self) -> Any:
+        """The model without weights."""
+        from bitplan.runtimes.hf import opening
+
+        return opening.skeleton(self.checkpoint, trust=self.setting.trust_remote_code)
 
     @property
     def _is_gguf(self) -> bool:
@@ -84,40 +110,31 @@ class HfSource:
         return units.everywhere(self.units(), name)
 
     def size(self, types: Mapping[str, str], removed: Collection[int]) -> tuple[int, int]:
-        """Bytes of the model so stored: tensors' data exact, metadata as the reference has it.
+        """Bytes of the files that are written, exact, and of tensors' data alone.
 
-        What no type is named for counts as it is opened: of a GGUF file, in PyTorch's type.
+        Of a GGUF file, which is not written so, what no type is named for counts as it is opened.
         """
-        whole = sum(t.nbytes for t in self._on_disk)
+        if self._is_gguf:
+            return self._size_of_gguf(types, removed)
+        if not types and not removed:
+            return self.nbytes, sum(t.nbytes for t in self.checkpoint.tensors)
+        rest = self.shards.rest(self.layout.weights)
+        kept = [e for name, e in rest if self.layout.layer_of(name) not in removed]
+        kept += [e for u in self.units() if u.layer not in removed for e in u.written(types)]
+        fixed = len(self.shards.files) * safetensors_layout.fixed_bytes()
+        return fixed + sum(e.whole for e in kept), sum(e.nbytes for e in kept)
+
+    def _size_of_gguf(self, types: Mapping[str, str], removed: Collection[int]) -> tuple[int, int]:
+        """As `size`: the original's metadata, and what is in no unit counted as a difference."""
+        header = gguf_file.read(self.path)
+        whole = sum(t.nbytes for t in header.tensors)
         if not types and not removed:
             return self.nbytes, whole
         data = sum(u.stored(types) for u in self.units() if u.layer not in removed)
-        data += self._rest(removed)
+        data += sum(t.nbytes for t in header.tensors if removal.layer_of(t.name) not in removed)
+        own = (t for u in units.find(header) if u.layer not in removed for t in u.tensors)
+        data -= sum(t.nbytes for t in own)
         return self.nbytes - whole + data, data
-
-    @property
-    def _on_disk(self) -> Sequence[Tensor]:
-        return gguf_file.read(self.path).tensors if self._is_gguf else self.checkpoint.tensors
-
-    def _rest(self, removed: Collection[int]) -> int:
-        """Bytes on disk of what is in no unit (norms, biases), without these layers'.
-
-        Counted as a difference: experts are stored one by one and opened in one piece.
-        """
-        own = units.find(gguf_file.read(self.path)) if self._is_gguf else self.units()
-        left = (t for t in self._on_disk if self._layer(t.name) not in removed)
-        matrices = (t for u in own if u.layer not in removed for t in u.tensors)
-        return sum(t.nbytes for t in left) - sum(t.nbytes for t in matrices)
-
-    def _layer(self, name: str) -> int | None:
-        """The layer that a stored tensor belongs to; of `transformer.h.3.ln_1.weight` checkpoints
-        may leave out the first part."""
-        if self._is_gguf:
-            return removal.layer_of(name)
-        blocks = self.layout.blocks
-        starts = "|".join(re.escape(b) for b in (blocks, blocks.partition(".")[2]) if b)
-        match = re.match(rf"(?:{starts})\.(\d+)\.", name)
-        return int(match[1]) if match else None
 
     def check(self) -> None:
         """Also that no weight is NaN or infinite: one would spoil every figure after hours."""
@@ -177,7 +194,7 @@ class HfSource:
             kind, more = StreamedModel, {"folder": scratch}
         return kind(
             self.path, ctx=s.ctx, threads=s.threads, device=s.device, dtype=dtype,
-            trust=s.trust_remote_code, **more,
+            trust=s.trust_remote_code, engine=s.engine, **more,
         )  # fmt: skip
 
 

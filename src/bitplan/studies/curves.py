@@ -161,7 +161,7 @@ def fallbacks(subject: Subject, names: Collection[str]) -> list[str]:
 
 
 _COMPUTED = (
-    "Sizes are what its tensors take then, with the original's metadata; no file is written."
+    "Sizes are those of the files that it would be written to, headers included."
 )
 
 

@@ -8,19 +8,25 @@ not follow these rules is named in `EXCEPTIONS`, here and nowhere else.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from bitplan import formats
+from bitplan import engines, formats
+from bitplan.engines import Engine
 from bitplan.errors import ModelFileError
+from bitplan.safetensors_layout import Entry
 from bitplan.tensors import Tensor
 from bitplan.units import Grouping, Unit, module_of
+
+if TYPE_CHECKING:
+    from bitplan.runtimes.hf.shards import Shards
 
 EXCEPTIONS: dict[str, str] = {
     "albert": "its layers share one set of weights",
@@ -63,6 +69,20 @@ class Layout:
     embedding: str
     """The input embedding; with tied weights the output too."""
     tied: bool
+    entries: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+    """Of a folder of safetensors: weight -> what it consists of there."""
+    engine: Engine = ""
+    """What the model is written for; decides what must share a format."""
+
+    def within(self, shards: Shards, engine: Engine) -> Layout:
+        """As it is stored in a folder's files, and what for."""
+        found = shards.entries()
+        for name in (n for n, w in self.weights.items() if w.transposed):
+            turned = (
+                dataclasses.replace(e, shape=e.shape[:-2] + e.shape[:-3:-1]) for e in found[name]
+            )
+            found[name] = tuple(turned)
+        return dataclasses.replace(self, entries=found, engine=engine)
 
     def layer_of(self, name: str) -> int | None:
         """`model.layers.3.mlp.up_proj.weight` -> 3; None outside the blocks."""
@@ -93,7 +113,7 @@ class Layout:
     def _group(self, name: str, grouping: Grouping) -> str:
         layer, plain = self.layer_of(name), name.removesuffix(".weight")
         if layer is None or grouping == "tensor":
-            return plain
+            return engines.fused(self.engine, plain)
         block = self.block(layer)
         return block if grouping == "layer" else f"{block}.{module_of(self.role(name))}"
 
@@ -105,12 +125,22 @@ class Layout:
 
     def _unit(self, name: str, tensors: list[Tensor]) -> Unit:
         first = tensors[0].name
-        role = self.role(first)
-        if len(tensors) > 1:
-            role = "layer" if name == self.block(self.layer_of(first) or 0) else module_of(role)
-        embeds = first == self.embedding
         layer = self.layer_of(first)
-        return Unit(name, tuple(tensors), layer, role, alignment=1, is_embedding=embeds)
+        role = self.role(name if layer is not None else first)
+        if name == self.block(layer or 0):
+            role = "layer"
+        elif len(tensors) > 1 and name.endswith((".attention", ".ffn", ".other")):
+            role = module_of(self.role(first))
+        return Unit(
+            name,
+            tuple(tensors),
+            layer,
+            role,
+            alignment=1,
+            is_embedding=first == self.embedding,
+            floats_only=layer is None and not engines.loads_outside(self.engine),
+            entries={t.name: self.entries[t.name] for t in tensors if t.name in self.entries},
+        )
 
 
 def find(model: nn.Module, config: Any, path: Path) -> Layout:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bitplan import written
 from bitplan.formats import Format
 from bitplan.runtimes.hf import batches, encoding, rounding, stream
 from bitplan.runtimes.hf import capture as capturing
@@ -34,10 +35,14 @@ class HfModel(OpenModel):
     """An open model that runs. Use as a context manager; not shared between threads."""
 
     def beside(self, file: Path) -> HfModel:
-        """Another folder, opened with the same settings."""
-        return HfModel(
+        """Another folder, its weights quantized or not, opened with the same settings."""
+        from bitplan.runtimes.hf.written import WrittenModel
+
+        quantized = file.is_dir() and written.is_written(file)
+        kind = WrittenModel if quantized else HfModel
+        return kind(
             file, ctx=self.ctx, threads=self.threads, device=str(self._device), dtype=self._dtype,
-            trust=self._trust,
+            trust=self._trust, engine=self.layout.engine,
         )  # fmt: skip
 
     # --- running ---------------------------------------------------------------------------
@@ -134,6 +139,10 @@ class HfModel(OpenModel):
         self._stream.skipped = frozenset(blocks[n] for n in gone)
         self.weights.hold({n: f for n, f in assignment.items() if n not in gone}, importance or {})
 
+    def put(self, tensor: str, values: Array) -> None:
+        """From now on a weight holds these values [rows, row], until `hold` says otherwise."""
+        self.weights.put(tensor, values)
+
     @contextlib.contextmanager
     def rounded(
         self, assignment: Mapping[str, Format], importance: Mapping[str, Array] | None = None
@@ -184,8 +193,8 @@ class HfModel(OpenModel):
     def capture(self, windows: Rows, what: Sequence[str]) -> Captured:
         """Statistics of activations over all tokens of the windows.
 
-        what: any of `second_moments` (per weight, the importance matrix) and `similarity` (cosine
-        of each block's input and output).
+        what: any of `second_moments` (per weight, the importance matrix), `similarity` (cosine of
+        each block's input and output) and `peaks` (of down projections).
         """
         sums = Captured()
         for group in self._groups(windows):

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from bitplan import checkpoint, formats, gguf_file, identity, machine, units
+from bitplan import checkpoint, formats, gguf_file, identity, machine, safetensors_layout, units
 from bitplan.artifacts import ModelFacts
+from bitplan.engines import Engine
 from bitplan.formats import Format
 from bitplan.runtimes.hf import batches, devices, encoding, layout, opening, stream
+from bitplan.runtimes.hf.shards import Shards
 from bitplan.runtimes.hf.weights import Weights
 from bitplan.tensors import Tensor
 from bitplan.units import Grouping, Unit
@@ -40,12 +42,15 @@ class OpenModel:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         trust: bool = False,
+        engine: Engine = "",
         reuse: bool = True,
     ) -> None:
         """Open a model for windows of `ctx` tokens (a classifier: of at most so many).
 
         reuse: keep the reference's block inputs, so that variants start at the first block they
-        change. trust: run the folder's own code. Raises ModelFileError, RuntimeFailure, UsageError.
+        change. trust: run the folder's own code. engine: what a written model is for.
+
+        Raises ModelFileError, RuntimeFailure, UsageError.
         """
         self.path, self.ctx = Path(path), ctx
         self.threads = threads or machine.available_cores()
@@ -54,7 +59,8 @@ class OpenModel:
         self.model, self.tokenizer = self._opened()
         self.config: Any = self.model.config
         self.config.use_cache = False  # runs are whole ones, and a walk runs blocks again
-        self.layout = layout.find(self.model, self.config, self.path)
+        found = layout.find(self.model, self.config, self.path)
+        self.layout = found if self.path.suffix == ".gguf" else found.within(self.shards, engine)
         self.weights = Weights(self.model, self.layout, self.threads)
         self.is_classifier = type(self.model).__name__.endswith("ForSequenceClassification")
         names = self.config.id2label if self.is_classifier else {}
@@ -82,6 +88,11 @@ class OpenModel:
         there = self.checkpoint
         model = opening.load(there, self._device, self._dtype, trust=self._trust)
         return model, opening.tokenizer(there, trust=self._trust)
+
+    @functools.cached_property
+    def shards(self) -> Shards:
+        """Where the weights of a folder lie."""
+        return Shards(self.model, self.checkpoint, self._device)
 
     @functools.cached_property
     def checkpoint(self) -> checkpoint.Checkpoint:
@@ -127,14 +138,13 @@ class OpenModel:
     def fixed_bytes(self, added: Mapping[str, int | str]) -> int:
         """Bytes of the files that no plan changes: everything but the units' own data.
 
-        Of the files, whatever dtype the weights were opened in; experts are stored one by one and
-        opened in one piece, so they are counted by their weights.
+        Of the files, whatever dtype the weights were opened in.
         """
         if self.path.suffix == ".gguf":
             stored = units.find(gguf_file.read(self.path))
             return self.facts.bytes - sum(t.nbytes for u in stored for t in u.tensors)
-        itemsize = int(opening.dtype_of(self.checkpoint).itemsize)
-        return self.facts.bytes - itemsize * sum(u.weights for u in self.units())
+        rest = sum(e.whole for _, e in self.shards.rest(self.layout.weights))
+        return len(self.shards.files) * safetensors_layout.fixed_bytes() + rest
 
     @property
     def positions(self) -> int:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ from bitplan import floats
 from bitplan.checkpoint import Checkpoint
 from bitplan.errors import ModelFileError
 from bitplan.runtimes.hf import opening
+from bitplan.safetensors_layout import Entry
 from bitplan.tensors import Tensor
+
+_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,29 @@ class Shards:
         """A tensor as it was before it was loaded, on the meta device, under each of its names."""
         same = self._wanted[name]
         return [(n, t) for n, t in self._wanted.items() if t is same]
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """Everything that is taken out of the files, in the order of the model's tensors."""
+        return list({id(p): p for p in self._parts.values()}.values())
+
+    def entries(self) -> dict[str, tuple[Entry, ...]]:
+        """Tensor of the model -> what it consists of in the files; of several tensors that are
+        made of the same, the first."""
+        return {
+            n: tuple(entry(t) for _, t in p.sources) if n == p.targets[0] else ()
+            for n, p in self._parts.items()
+        }
+
+    def rest(self, weights: Container[str]) -> list[tuple[str, Entry]]:
+        """All but these tensors of the model (norms, biases): its name and what is stored."""
+        kept = (p for p in self.parts if not any(n in weights for n in p.targets))
+        return [(p.targets[0], entry(t)) for p in kept for _, t in p.sources]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that something is taken out of, by name."""
+        return sorted({t.path for p in self.parts for _, t in p.sources})
 
     def source(self, name: str) -> Tensor | None:
         """Where a tensor of the model lies; None where it has to be made of others."""
@@ -132,6 +159,11 @@ class Shards:
                 f"{self._path}: {name} holds NaN or infinite values; fetch the model again or take"
                 " another revision."
             )
+
+
+def entry(tensor: Tensor) -> Entry:
+    """A tensor of the files as a header has it."""
+    return Entry(tensor.name, _DTYPES[tensor.fmt.name], tensor.shape)
 
 
 def read(tensor: Tensor, rows: slice | None = None) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from bitplan import machine
+from bitplan.engines import Engine
 from bitplan.errors import ModelFileError, RuntimeFailure
 from bitplan.formats import Format
 from bitplan.runtimes.hf import capture as capturing
@@ -42,6 +43,7 @@ class StreamedModel(HfModel):
         device: str = "auto",
         dtype: torch.dtype | None = None,
         trust: bool = False,
+        engine: Engine = "",
         most: int = walking.MOST_KEPT,
         folder: Path | None = None,
     ) -> None:
@@ -51,8 +53,9 @@ class StreamedModel(HfModel):
         """
         self._most, self._folder = most, folder
         super().__init__(
-            path, ctx=ctx, threads=threads, device=device, dtype=dtype, trust=trust, reuse=False
-        )
+            path, ctx=ctx, threads=threads, device=device, dtype=dtype, trust=trust, engine=engine,
+            reuse=False,
+        )  # fmt: skip
 
     def _opened(self) -> tuple[nn.Module, Any]:
         if self.path.suffix == ".gguf":
@@ -62,24 +65,24 @@ class StreamedModel(HfModel):
             )
         there = self.checkpoint
         model = opening.skeleton(there, self._dtype, trust=self._trust).requires_grad_(False)
-        self._shards = Shards(model, there, self._device)
+        self.shards = Shards(model, there, self._device)
         blocks = layout.find(model, model.config, self.path)
         _compute_buffers(model, self._device, self.path)
-        self._load(model, [n for n in self._shards.names if blocks.layer_of(n) is None])
+        self._load(model, [n for n in self.shards.names if blocks.layer_of(n) is None])
         return model, opening.tokenizer(there, trust=self._trust)
 
     def beside(self, file: Path) -> StreamedModel:
         """Another folder, opened with the same settings."""
         return StreamedModel(
             file, ctx=self.ctx, threads=self.threads, device=str(self._device), dtype=self._dtype,
-            trust=self._trust, most=self._most, folder=self._folder,
+            trust=self._trust, engine=self.layout.engine, most=self._most, folder=self._folder,
         )  # fmt: skip
 
     def needs(self, windows: Rows) -> int:
         """Bytes of memory that a walk over these windows takes at most, what is taken already
         included: two blocks, what rounding and running one takes, and the activations."""
         names = [self._of_block(layer) for layer in range(self.layout.count)]
-        rooms = [self._shards.room(n) for n in names]
+        rooms = [self.shards.room(n) for n in names]
         blocks = max(2 * block + beside for block, beside in rooms)
         batches = [windows[g] for g in self._groups(windows)]
         kept = memory.activations(self.config, batches, self._weights_dtype, self._most)
@@ -105,7 +108,7 @@ class StreamedModel(HfModel):
             self.weights = Weights(self.model, self.layout, self.threads)
             yield
         finally:
-            for name, empty in (pair for n in names for pair in self._shards.empty(n)):
+            for name, empty in (pair for n in names for pair in self.shards.empty(n)):
                 _put(self.model, name, empty)
             self.weights = Weights(self.model, self.layout, self.threads)
 
@@ -122,19 +125,16 @@ class StreamedModel(HfModel):
 
     def stored(self, name: str) -> torch.Tensor:
         """A weight in memory as it stands, [.., out, in], in the dtype that the files have."""
-        return self.weights.parameter(name).to(opening.dtype_of(self.checkpoint))
-
-    @property
-    def shards(self) -> Shards:
-        """Where its weights lie."""
-        return self._shards
+        source = self.shards.source(name)
+        dtype = read(source, slice(0)).dtype if source else opening.dtype_of(self.checkpoint)
+        return self.weights.parameter(name).to(dtype)
 
     def _of_block(self, layer: int) -> list[str]:
-        return [n for n in self._shards.names if self.layout.layer_of(n) == layer]
+        return [n for n in self.shards.names if self.layout.layer_of(n) == layer]
 
     def _load(self, model: nn.Module, names: Iterable[str]) -> None:
-        for name, values in self._shards.load(names):
-            aliases = self._shards.empty(name)
+        for name, values in self.shards.load(names):
+            aliases = self.shards.empty(name)
             weighs = isinstance(aliases[0][1], nn.Parameter)
             real = nn.Parameter(values, requires_grad=False) if weighs else values
             for alias, _ in aliases:
@@ -159,7 +159,7 @@ class StreamedModel(HfModel):
 
     def some(self, tensor: str, rows: Ints) -> tuple[Array, int]:
         """As `original`, of these rows (of each matrix) alone; a plain matrix is read by rows."""
-        weight, source = self._weight(tensor), self._shards.source(tensor)
+        weight, source = self._weight(tensor), self.shards.source(tensor)
         if source is None or weight.transposed or len(source.shape) == 3:
             return flat(self._read(tensor).index_select(-2, torch.from_numpy(rows)), None)
         values = torch.cat([read(source, slice(r, r + 1)) for r in rows.tolist()])
@@ -194,20 +194,21 @@ class StreamedModel(HfModel):
     def _read(self, tensor: str) -> torch.Tensor:
         """[.., out, in], from the files."""
         turned = self._weight(tensor).transposed
-        values = next(v for n, v in self._shards.load([tensor]) if n == tensor).cpu()
+        values = next(v for n, v in self.shards.load([tensor]) if n == tensor).cpu()
         return values.transpose(-1, -2) if turned else values
 
     def capture(self, windows: Rows, what: Sequence[str]) -> Captured:
         """As on `HfModel`, in one walk."""
         sums = Captured()
-        moments, similar = "second_moments" in what, "similarity" in what
+        products, similar = bool({"second_moments", "peaks"} & set(what)), "similarity" in what
         for step in self.walk(windows):
             block = 0 <= step.layer < self.layout.count
-            if not block and not moments:
+            if not block and not products:
                 continue
-            here = self._unseen(sums) if moments else {}
+            here = self._unseen(sums) if products else {}
+            seen = capturing.watchers(here, what, sums)
             for i, batch in enumerate(step.batches):
-                with capturing.Inputs(here, capturing.squares(sums), batch.mask):
+                with capturing.Inputs(here, seen, batch.mask) if seen else contextlib.nullcontext():
                     after = step.reference(i)
                 if block and similar:
                     capturing.cosine(sums, step.layer, step.input(i), after, batch.mask)
