@@ -151,16 +151,16 @@ def _read(path: Path) -> Checkpoint:
     config = checkpoint_files.config(path)
     shards, index = checkpoint_files.shards(path, names, config.get("transformers_weights"))
     entries = [e for shard in shards for e in safetensors_file.read(shard)]
-    _check_places(path, entries, index)
-    tensors = tuple(_tensor(e) for e in entries if _is_weight(e))
-    others = tuple(e for e in entries if not _is_weight(e))
+    check_places(path, entries, index)
+    tensors = tuple(float_tensor(e) for e in entries if is_weight(e))
+    others = tuple(e for e in entries if not is_weight(e))
     if not tensors:
         raise ModelFileError(f"{path}: the checkpoint holds no weights; name another model.")
     return Checkpoint(path, config, tensors, others, shards)
 
 
-def _check_places(path: Path, entries: Sequence[Entry], index: Mapping[str, str]) -> None:
-    """No tensor is in two shards, and each is where the index has it."""
+def check_places(path: Path, entries: Sequence[Entry], index: Mapping[str, str]) -> None:
+    """No tensor is in two shards, and each is where the index has it; else ModelFileError."""
     double = [name for name, n in Counter(e.name for e in entries).items() if n > 1]
     if double:
         raise ModelFileError(
@@ -176,7 +176,7 @@ def _check_places(path: Path, entries: Sequence[Entry], index: Mapping[str, str]
             )
 
 
-def _is_weight(entry: Entry) -> bool:
+def is_weight(entry: Entry) -> bool:
     """Whether the entry is a tensor of floats. Raises ModelFileError for one of another kind."""
     if entry.dtype in _FLOATS:
         return entry.nbytes > 0
@@ -193,6 +193,7 @@ def _is_weight(entry: Entry) -> bool:
     return False
 
 
-def _tensor(entry: Entry) -> Tensor:
+def float_tensor(entry: Entry) -> Tensor:
+    """The tensor that an entry of floats is."""
     fmt = FORMATS[_FLOATS[entry.dtype]]
     return Tensor(entry.name, entry.shape, fmt, entry.start, entry.nbytes, entry.path)

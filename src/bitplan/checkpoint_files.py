@@ -14,6 +14,8 @@ from bitplan import safetensors_file
 from bitplan.errors import ModelFileError
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+QMAP = "quanto_qmap.json"
+"""The file in which optimum-quanto says what it quantized."""
 _INDEX_END = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MOST_JSON = 64 << 20  # bytes; the index of 100,000 tensors has some 10 MB
@@ -61,9 +63,10 @@ def refuse_pickles(names: set[str], where: str) -> None:
         )
 
 
-def config(path: Path) -> dict[str, Any]:
-    """The folder's config. Raises ModelFileError: unreadable, without architecture, quantized."""
-    found = _json(path / CONFIG)
+def config(path: Path, *, quantized_too: bool = False) -> dict[str, Any]:
+    """The folder's config. Raises ModelFileError: unreadable, without architecture, and, unless
+    those are wanted too, of quantized weights."""
+    found = json_file(path / CONFIG)
     names = found.get("architectures")
     first = names[0] if isinstance(names, list) and names else None
     if not isinstance(first, str) or not first.isidentifier():
@@ -71,8 +74,12 @@ def config(path: Path) -> dict[str, Any]:
             f"{path / CONFIG}: names no architecture; add 'architectures' as transformers'"
             ' save_pretrained writes it, e.g. ["LlamaForCausalLM"].'
         )
+    if quantized_too:
+        return found
     if found.get("quantization_config") or found.get("compression_config"):
         raise quantized(path, f"{CONFIG} has a quantization_config")
+    if (path / QMAP).is_file():
+        raise quantized(path, f"it has a {QMAP}")
     return found
 
 
@@ -87,7 +94,7 @@ def shards(
     first = _first(path, names, explicit)
     if first.endswith(".safetensors"):
         return (path / first,), {}
-    index = _json(path / first, unique=True).get("weight_map")
+    index = json_file(path / first, unique=True).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise safetensors_file.damaged(path / first, "it has no weight_map")
     return tuple(path / name for name in _plain(path / first, index, names)), index
@@ -139,7 +146,8 @@ def _plain(where: Path, index: Mapping[str, object], names: set[str]) -> list[st
     return sorted(wanted)
 
 
-def _json(path: Path, unique: bool = False) -> dict[str, Any]:
+def json_file(path: Path, unique: bool = False) -> dict[str, Any]:
+    """The object in a JSON file of at most 64 MB. Raises ModelFileError, OSError."""
     with path.open("rb") as file:
         data = file.read(_MOST_JSON + 1)
     if len(data) > _MOST_JSON:

@@ -6,7 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitplan import evaluate, formats, gguf_file, measure, options, preflight, scorers, sources
+from bitplan import (
+    evaluate,
+    formats,
+    gguf_file,
+    measure,
+    options,
+    preflight,
+    scorers,
+    sources,
+    written,
+)
 from bitplan.artifacts import Evaluation, Sensitivity
 from bitplan.imatrix import Imatrix
 from bitplan.runtimes import Runtime, Streaming
@@ -84,4 +94,6 @@ def _contender(
     name = path.stem if stems.count(path.stem) == 1 else str(path)
     if path.suffix == ".gguf" and options.is_planned(gguf_file.read(path), out):
         name = "plan"
-    return evaluate.Contender(name, sources.of(path, setting).nbytes, path)
+    quantized = path.is_dir() and written.is_written(path)  # a folder that is no source of studies
+    nbytes = written.read(path).size if quantized else sources.of(path, setting).nbytes
+    return evaluate.Contender(name, nbytes, path)

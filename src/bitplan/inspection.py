@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitplan import checkpoint, gguf_file, units
+from bitplan import checkpoint, gguf_file, units, written
 from bitplan.artifacts import Plan
 from bitplan.budget import human
 from bitplan.checkpoint import Checkpoint
@@ -19,6 +19,7 @@ from bitplan.errors import UsageError
 from bitplan.gguf_file import Header
 from bitplan.tensors import Tensor
 from bitplan.writers import gguf
+from bitplan.written import Written
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,13 @@ class Found:
 
 
 def look(path: Path) -> Found:
-    """Read and check a file's header, or those of a folder. Raises ModelFileError."""
-    return Found(checkpoint.read(path) if path.is_dir() else gguf_file.read(path))
+    """Read and check a file's header, or those of a folder, quantized or not.
+
+    Raises ModelFileError.
+    """
+    if not path.is_dir():
+        return Found(gguf_file.read(path))
+    return Found(written.read(path) if written.is_written(path) else checkpoint.read(path))
 
 
 def check(found: Found, plan: Plan) -> None:
@@ -83,6 +89,8 @@ def text(found: Found, checked: bool = False) -> str:
     ]
     if found.tied:
         lines.append("token embedding and output share one matrix")
+    if isinstance(m, Written) and m.rounds_activations:
+        lines.append("inputs of layers are rounded too while it runs")
     lines += ["", *_formats(m.tensors), "", *_layers(m.tensors)]
     if checked:
         lines += ["", "every tensor and the size are as planned"]

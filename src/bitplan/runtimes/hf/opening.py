@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def config_of(checkpoint: Checkpoint, *, trust: bool = False) -> Any:
             )
     except Exception as error:  # what goes wrong is up to the file
         if checkpoint.model_type in transformers.CONFIG_MAPPING:
-            raise _unknown(checkpoint, error) from None
+            raise unknown(checkpoint, error) from None
         raise ModelFileError(
             f"{checkpoint.path}: transformers {transformers.__version__} does not know"
             f" {checkpoint.architecture} (model type {checkpoint.model_type!r}):"
@@ -66,7 +66,7 @@ def config_of(checkpoint: Checkpoint, *, trust: bool = False) -> Any:
         ) from None
 
 
-def _class_of(checkpoint: Checkpoint) -> Any:
+def class_of(checkpoint: Checkpoint) -> Any:
     """The auto class for what the checkpoint is."""
     import transformers
 
@@ -83,11 +83,11 @@ def skeleton(
     config._experts_implementation = "eager"
     try:
         with quiet(), torch.device("meta"):
-            model = _class_of(checkpoint).from_config(
+            model = class_of(checkpoint).from_config(
                 config, dtype=dtype or dtype_of(checkpoint), trust_remote_code=trust
             )
     except Exception as error:  # what goes wrong is up to the file
-        raise _unknown(checkpoint, error) from None
+        raise unknown(checkpoint, error) from None
     model.tie_weights()
     _check_described(checkpoint, model)
     return model.eval()
@@ -120,15 +120,23 @@ def dtype_of(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def load(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, *, trust: bool = False
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    trust: bool = False,
+    mend: Callable[[Any, Any], None] = lambda *_: None,
 ) -> nn.Module:
-    """The model with its weights, ready to be run. Raises ModelFileError, RuntimeFailure."""
+    """The model with its weights, ready to be run. Raises ModelFileError, RuntimeFailure.
+
+    mend: given the model and transformers' notes on loading it, before those are checked.
+    """
     skeleton(checkpoint, dtype, trust=trust)
     config = config_of(checkpoint, trust=trust)
     config._experts_implementation = "eager"  # the others hide which expert sees what
     try:
         with quiet():
-            model, notes = _class_of(checkpoint).from_pretrained(
+            model, notes = class_of(checkpoint).from_pretrained(
                 checkpoint.path, config=config, dtype=dtype or dtype_of(checkpoint),
                 local_files_only=True, use_safetensors=True, trust_remote_code=trust,
                 output_loading_info=True, ignore_mismatched_sizes=True,
@@ -136,7 +144,8 @@ def load(
     except MemoryError:
         raise RuntimeFailure(f"{checkpoint.path}: does not fit in memory.") from None
     except Exception as error:  # what goes wrong is up to the file
-        raise _unknown(checkpoint, error) from None
+        raise unknown(checkpoint, error) from None
+    mend(model, notes)
     _check(checkpoint, model, notes)
     return _placed(model, device, checkpoint.path)
 
@@ -271,7 +280,8 @@ def _placed(model: Any, device: torch.device, path: Path) -> nn.Module:
         raise RuntimeFailure(f"{path}: does not fit on {device} ({_first_line(error)}).") from None
 
 
-def _unknown(checkpoint: Checkpoint, error: Exception) -> ModelFileError:
+def unknown(checkpoint: Checkpoint, error: Exception) -> ModelFileError:
+    """The error for a model that a library refuses, with its reason."""
     return ModelFileError(
         f"{checkpoint.path}: {checkpoint.architecture} cannot be opened: {_first_line(error)}."
     )
