@@ -1,8 +1,8 @@
 """How many bytes a safetensors file takes: exact, before any tensor exists. Pure arithmetic.
 
 Names, types and shapes in; the header and its length out. A tensor's share of the header depends on
-that tensor alone: its offsets are followed by as many JSON spaces as make the entry a multiple of 16
-bytes wide enough for the largest offsets. So a file's size is `fixed_bytes` and the sum of
+that tensor alone: its offsets are followed by as many JSON spaces as make the entry a multiple of
+16 bytes, wide enough for the largest offsets. So a file's size is `fixed_bytes` and the sum of
 `entry_bytes`, and what a plan adds or saves can be counted tensor by tensor.
 """
 

@@ -1,7 +1,8 @@
 """Which tensors of a safetensors file stand for a weight, by format. Pure Python: names and shapes.
 
-As compressed-tensors 0.20 (`pack-quantized`, `float-quantized`) and optimum-quanto 0.2.7 name and
-shape them; the tests compare with the libraries' own. Their data is `schemes.nbytes`, to the byte.
+As compressed-tensors 0.20 (`pack-quantized`, `int-quantized`, `float-quantized`) and optimum-quanto
+0.2.7 name and shape them; the tests compare with the libraries' own. Their data is
+`schemes.nbytes`, to the byte.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ _WEIGHT = ".weight"
 
 
 def parts(fmt: Format, name: str, shape: Sequence[int], dtype: str) -> list[Entry]:
-    """The tensors that stand for a linear layer's weight `X.weight`, in the libraries' order.
+    """The tensors that stand for a linear layer's weight `X.weight`.
 
     shape: [rows, row], of plain formats any. dtype: that of the scales, in safetensors' word: the
-    model's. Raises ValueError for GGUF's types, and for a scheme's weight that is no matrix (of
-    experts, name each), has another name, or has rows that do not divide (`formats.fitting`).
+    model's. Raises ValueError for what no engine loads from such a file (GGUF's types, SpQR), and
+    for a scheme's weight that is no matrix (of experts, name each), has another name, or has rows
+    that do not divide (`formats.fitting`).
     """
     if fmt.name in _PLAIN:
         return [Entry(name, _PLAIN[fmt.name], tuple(shape))]
-    if fmt.scheme is None:
+    if fmt.scheme is None or not fmt.scheme.is_loadable:
         raise ValueError(f"{fmt.name} is no type of safetensors files")
     if len(shape) != 2 or not name.endswith(_WEIGHT):
         raise ValueError(f"{name} of shape {list(shape)} is no linear layer's weight")
-    of = {"int": _packed, "float": _floats, "quanto": _quanto}[fmt.scheme.kind]
+    of = _bytes if fmt.scheme.e4m3 or fmt.scheme.activations else _packed
+    of = _quanto if fmt.scheme.kind == "quanto" else of
     return of(fmt.scheme, name.removesuffix(_WEIGHT), shape[0], shape[1], dtype)
 
 
@@ -46,10 +49,11 @@ def _packed(scheme: Scheme, module: str, rows: int, row: int, dtype: str) -> lis
     found = [
         Entry(f"{module}.weight_packed", "I32", (rows, words)),
         Entry(f"{module}.weight_scale", dtype, _scales(scheme, rows, row)),
+        Entry(f"{module}.weight_shape", "I64", (2,)),
     ]
     if not scheme.symmetric:
         found.append(_zeros(scheme, f"{module}.weight_zero_point", rows, row))
-    return [*found, Entry(f"{module}.weight_shape", "I64", (2,))]
+    return found
 
 
 def _zeros(scheme: Scheme, name: str, rows: int, row: int) -> Entry:
@@ -59,9 +63,10 @@ def _zeros(scheme: Scheme, name: str, rows: int, row: int) -> Entry:
     return Entry(name, "I32", (words, _scales(scheme, rows, row)[1]))
 
 
-def _floats(scheme: Scheme, module: str, rows: int, row: int, dtype: str) -> list[Entry]:
+def _bytes(scheme: Scheme, module: str, rows: int, row: int, dtype: str) -> list[Entry]:
+    """8-bit floats, and integers whose layers round their inputs too: a byte each."""
     return [
-        Entry(f"{module}.weight", "F8_E4M3", (rows, row)),
+        Entry(f"{module}.weight", "F8_E4M3" if scheme.e4m3 else "I8", (rows, row)),
         Entry(f"{module}.weight_scale", dtype, _scales(scheme, rows, row)),
     ]
 
