@@ -102,6 +102,11 @@ class Runtime(Protocol):
         """As `rounded` (None: all zeros), but lasting; {} restores all. Costs what differs."""
         ...
 
+    def put(self, tensor: str, values: Array) -> None:
+        """From now on a tensor holds these values [rows, row] (of all experts, one after another),
+        in its own type; `hold`, which knows nothing of them, puts it back."""
+        ...
+
     def tokenize(self, text: str) -> npt.NDArray[np.int32]:
         """Text -> token ids, special tokens in front as the model wants them."""
         ...
@@ -130,7 +135,7 @@ class Runtime(Protocol):
         ...
 
     def capture(self, windows: npt.NDArray[np.int32], what: Sequence[str]) -> Captured:
-        """Statistics of activations: `second_moments`, `similarity`."""
+        """Statistics of activations: `second_moments`, `similarity`, `peaks`."""
         ...
 
     def original(self, tensor: str, most_rows: int | None = None) -> tuple[Array, int]:

@@ -2,7 +2,8 @@
 
 The scheduler offers every node of the compute graph twice: before it runs ("do you want it?") and
 after. `WeightFinder` learns where the weights lie in memory; `Collector` sums squares of the inputs
-of every weight (the importance matrix) and cosines of each layer's input and output.
+of every weight (the importance matrix) and cosines of each layer's input and output, and notes the
+largest inputs and outputs of down projections.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from llama_cpp import llama_cpp as capi
 
 from bitplan.runtimes import ggml
 from bitplan.runtimes.ggml import TensorStruct
-from bitplan.runtimes.statistics import Captured
+from bitplan.runtimes.statistics import Captured, Peaks, is_down
 
 _LAYER_OUTPUT = re.compile(r"^l_out-(\d+)$")
 _WITH_WEIGHTS = ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS")
@@ -60,6 +61,7 @@ class Collector:
 
     def __init__(self, what: Sequence[str]) -> None:
         self._moments, self._similarity = "second_moments" in what, "similarity" in what
+        self._peaks = "peaks" in what
         self._sums = Captured()
         self._stream: npt.NDArray[np.float32] | None = None
         self._error: Exception | None = None
@@ -80,16 +82,22 @@ class Collector:
         return self._sums
 
     def _visit(self, node: TensorStruct, ask: bool) -> bool:
-        wanted = (self._moments and self._is_product(node)) or (
-            self._similarity and self._in_stream(node)
-        )
+        peaks = self._peaks and self._is_down(node)
+        squares = self._moments and self._is_product(node)
+        similar = self._similarity and self._in_stream(node)
+        wanted = peaks or squares or similar
         if ask or not wanted:
             return wanted or not ask
-        if self._in_stream(node):
+        if similar:
             self._similar(node)
-        else:
+        if squares:
             self._square(node)
+        if peaks:
+            self._peak(node)
         return True
+
+    def _is_down(self, node: TensorStruct) -> bool:
+        return self._is_product(node) and is_down(_name(node.src[0].contents))
 
     def _is_product(self, node: TensorStruct) -> bool:
         if ggml.op_name(node) not in ("MUL_MAT", "MUL_MAT_ID") or not node.src[1]:
@@ -122,6 +130,23 @@ class Collector:
             rows = inputs[ids == expert]
             total[expert], seen[expert] = np.square(rows, dtype=np.float64).sum(0), len(rows)
         self._sums.add_squares(name, total, seen)
+
+    def _peak(self, node: TensorStruct) -> None:
+        inputs, outputs = np.abs(_floats(node.src[1].contents)), np.abs(_floats(node))
+        row, rows = inputs.shape[-1], outputs.shape[-1]
+        matrices = int(node.src[0].contents.ne[2])
+        found = Peaks(np.zeros((matrices, row)), np.zeros((matrices, rows)))
+        if ggml.op_name(node) == "MUL_MAT":
+            found.inputs[:] = inputs.reshape(-1, row).max(0)
+            found.outputs[:] = outputs.reshape(-1, rows).max(0)
+        else:
+            ids = _ints(node.src[2].contents)  # [tokens, used experts]
+            inputs = np.broadcast_to(inputs.reshape(len(ids), -1, row), (*ids.shape, row))
+            outputs = outputs.reshape(*ids.shape, rows)
+            for expert in np.unique(ids):
+                found.inputs[expert] = inputs[ids == expert].max(0)
+                found.outputs[expert] = outputs[ids == expert].max(0)
+        self._sums.add_peaks(_name(node.src[0].contents), found)
 
     def _similar(self, node: TensorStruct) -> None:
         stream = _floats(node).reshape(-1, int(node.ne[0]))

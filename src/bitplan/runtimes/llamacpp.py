@@ -304,6 +304,10 @@ class LlamaModel:
         """
         self.weights.hold(assignment, importance or {})
 
+    def put(self, tensor: str, values: Logits) -> None:
+        """From now on a tensor holds these values [rows, row], until `hold` says otherwise."""
+        self.weights.put(tensor, values)
+
     def original(
         self, tensor: str, most_rows: int | None = None
     ) -> tuple[npt.NDArray[np.float32], int]:
@@ -320,8 +324,8 @@ class LlamaModel:
     def capture(self, windows: Tokens, what: Sequence[str]) -> Captured:
         """Statistics of activations over all tokens of the windows.
 
-        what: any of `second_moments` (per weight, the importance matrix) and `similarity` (cosine
-        of each layer's input and output).
+        what: any of `second_moments` (per weight, the importance matrix), `similarity` (cosine of
+        each layer's input and output) and `peaks` (of down projections).
         """
         collector = capturing.Collector(what)
         size = self.ctx * self.parallel

@@ -48,6 +48,12 @@ class Weights:
         for address in self._places(name):
             ggml.write(address, raw)
 
+    def put(self, name: str, values: Array) -> None:
+        """A tensor holds these values [rows, row], in its own type, until `hold` says otherwise."""
+        self._places(name)
+        self._held[name] = (self._tensor(name).fmt, None)  # what `hold` never asks for
+        self.replace(name, values)
+
     def restore(self, name: str) -> None:
         """Put the file's own bytes back."""
         raw = _raw(self._tensor(name)).reshape(-1)

@@ -20,8 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from bitplan.runtimes.hf.layout import Weight
 from bitplan.runtimes.hf.stream import Stream
-from bitplan.runtimes.statistics import Captured
-
+from bitplan.runtimes.statistics import Captured, Peaks, is_down
 
 Seen = Callable[[Weight, int, torch.Tensor], None]
 """Told of each product: the weight, which of its matrices, and its inputs [tokens, row]."""
@@ -106,6 +105,40 @@ def squares(sums: Captured) -> Seen:
     return see
 
 
+def peaks(sums: Captured, places: Mapping[str, tuple[Weight, torch.Tensor]]) -> Seen:
+    """Notes the largest |x| and |y| of down projections; their product y is made once more, for
+    nobody tells of it."""
+
+    def see(weight: Weight, matrix: int, inputs: torch.Tensor) -> None:
+        if not is_down(weight.tensor.name) or not len(inputs):
+            return
+        shape = weight.tensor.shape
+        matrices = shape[0] if len(shape) == 3 else 1
+        values = places[weight.tensor.name][1].detach()
+        values = values[matrix] if len(shape) == 3 else values
+        outputs = torch.mm(inputs, values if weight.transposed else values.T)
+        found = Peaks(np.zeros((matrices, shape[-1])), np.zeros((matrices, shape[-2])))
+        found.inputs[matrix] = inputs.abs().amax(0).double().cpu().numpy()
+        found.outputs[matrix] = outputs.abs().amax(0).double().cpu().numpy()
+        sums.add_peaks(weight.tensor.name, found)
+
+    return see
+
+
+def watchers(
+    places: Mapping[str, tuple[Weight, torch.Tensor]], what: Sequence[str], sums: Captured
+) -> Seen | None:
+    """What is to be told of products, of `second_moments` and `peaks`; None where neither is."""
+    known = {"second_moments": squares(sums), "peaks": peaks(sums, places)}
+    wanted = [see for name, see in known.items() if name in what]
+
+    def see(weight: Weight, matrix: int, inputs: torch.Tensor) -> None:
+        for each in wanted:
+            each(weight, matrix, inputs)
+
+    return see if wanted else None
+
+
 @contextlib.contextmanager
 def watching(
     weights: Mapping[str, tuple[Weight, torch.Tensor]],
@@ -117,9 +150,9 @@ def watching(
     """Within the block runs add to the sums: what and mask as for `HfModel.capture`."""
     if "similarity" in what:
         stream.watcher = functools.partial(cosine, sums, mask=mask)
-    seeing = Inputs(weights, squares(sums), mask)
+    seen = watchers(weights, what, sums)
     try:
-        with seeing if "second_moments" in what else contextlib.nullcontext():
+        with Inputs(weights, seen, mask) if seen else contextlib.nullcontext():
             yield
     finally:
         stream.watcher = None

@@ -41,6 +41,15 @@ class Weights:
         """From now on a weight has these values [.., out, in], for good."""
         self.parameter(name).copy_(values)
 
+    def put(self, name: str, values: Array) -> None:
+        """A weight holds these values [rows, row] (of all experts, one after another) until `hold`
+        says otherwise."""
+        own = self.original(name)
+        if name not in self._originals:
+            self._originals[name] = own.clone()
+        self._held[name] = (self._source(name), None)  # what `hold` never asks for
+        self.parameter(name).copy_(torch.from_numpy(values).reshape(own.shape))
+
     def places(self) -> dict[str, tuple[Weight, torch.Tensor]]:
         """Weight -> what it is and the memory it lies in."""
         return {n: (w, self._parameters[w.parameter]) for n, w in self.layout.weights.items()}
