@@ -120,6 +120,10 @@ class Runtime(Protocol):
         """The token that opens every window, where the vocabulary adds one."""
         ...
 
+    def text(self, tokens: npt.NDArray[np.int32]) -> str:
+        """The text that one row of tokens stands for; special tokens stand for none."""
+        ...
+
     def text_bytes(self, tokens: npt.NDArray[np.int32]) -> int:
         """Bytes of text that these tokens stand for; special tokens stand for none."""
         ...

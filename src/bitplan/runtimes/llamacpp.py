@@ -195,6 +195,14 @@ class LlamaModel:
     def encode(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
         raise RuntimeFailure(f"{self.path}: is no classifier; it has text, not examples.")
 
+    def text(self, tokens: Tokens) -> str:
+        """The text that one row of tokens stands for; special tokens stand for none."""
+        buffer, found = ctypes.create_string_buffer(512), b""
+        for i in tokens:
+            size = capi.llama_token_to_piece(self._vocab, int(i), buffer, len(buffer), 0, False)
+            found += buffer.raw[: max(size, 0)]
+        return found.decode(errors="replace")
+
     def text_bytes(self, tokens: Tokens) -> int:
         """Bytes of text that these tokens stand for; special tokens stand for none."""
         buffer = ctypes.create_string_buffer(512)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,19 @@ class HfModel(OpenModel):
         for group in groups:  # of like length; told in the order asked for
             found[group] = self._run(windows[group])
         yield from found
+
+    def continued(self, prompts: Rows, count: int) -> Rows:
+        """The most likely next tokens, one by one: [n, tokens] -> [n, count]."""
+        keep: dict[str, Any] = {"logits_to_keep": 1} if self._keeps else {}
+        ids, cache = torch.from_numpy(prompts.astype(np.int64)).to(self._device), None
+        found: list[torch.Tensor] = []
+        for _ in range(count):
+            with torch.no_grad():
+                out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+            found.append(out.logits[:, -1:].argmax(-1))
+            cache = getattr(out, "past_key_values", None)  # without one, all is read again
+            ids = torch.cat([ids, found[-1]], 1) if cache is None else found[-1]
+        return torch.cat(found, 1).cpu().numpy().astype(np.int32)
 
     def walk(self, windows: Rows, *, as_is: bool = False) -> Iterator[walking.Step]:
         """Each block in turn, with its inputs for all windows, and what lies before and after.

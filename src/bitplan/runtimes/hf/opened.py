@@ -175,6 +175,10 @@ class OpenModel:
         opening.check_tokens(self.path, (max(ids, default=0) for ids in found), self._rows())
         return found
 
+    def text(self, tokens: Rows) -> str:
+        """The text that one row of tokens stands for; special tokens stand for none."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
     def text_bytes(self, tokens: Rows) -> int:
         """Bytes of text that these tokens stand for; special tokens stand for none."""
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
