@@ -33,7 +33,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # PyTorch and transformers, for the models that they run; the demo does without.
 $(VENV)/.ready-hf: $(VENV)/.ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf,peers]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf]'
 	touch $@
 
 clean:
