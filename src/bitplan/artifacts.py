@@ -196,7 +196,11 @@ class Quantized(Artifact):
     bpw: float
     tensors: dict[str, str]
     command: str
-    """The equivalent llama-quantize command line."""
+    """The equivalent llama-quantize command line; empty for folders of safetensors."""
+    method: str = ""
+    """How numbers were chosen (`gptq`); of a folder of safetensors."""
+    engine: str = ""
+    """What the folder is written for."""
 
 
 class Measurement(Record):
@@ -295,5 +299,5 @@ def load(path: Path | str, kind: type[A]) -> A:
 
 _MAKER = {
     "sensitivity": "measure", "plan": "plan", "quantized": "quantize", "evaluation": "evaluate",
-    "study": "study",
+    "study": "study", "super-weights": "super-weights",
 }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitplan import cli_auto, cli_imatrix, cli_study, console
+from bitplan import cli_auto, cli_imatrix, cli_study, cli_super, console
 from bitplan import options as o
 from bitplan.errors import BitplanError
 from bitplan.version import __version__
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command("auto")(cli_auto.auto)
 app.command("demo")(cli_auto.demo)
+app.command("super-weights")(cli_super.super_weights)
 app.add_typer(cli_imatrix.app, name="imatrix")
 app.add_typer(cli_study.app, name="study")
 
@@ -92,6 +93,8 @@ def plan(
     model: Annotated[str | None, typer.Option(help="The model; --fit asks about it.")] = None,
     keep: o.Keep = None,
     floor: o.Floor = None,
+    protect_super_weights: cli_super.Protect = False,
+    super_weights: cli_super.ListFile = None,
     out: Annotated[Path | None, typer.Option(help="[default: plan.json beside it]")] = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -115,9 +118,9 @@ def plan(
         ctx=ctx,
         model=o.located(model) if model else None,
     )
-    result = stage.make(
-        table, budget, pins=o.rules(keep, "--keep"), floors=o.rules(floor, "--floor")
-    )
+    floors = cli_super.floors(table, sensitivity, protect_super_weights, super_weights)
+    floors |= o.rules(floor, "--floor")
+    result = stage.make(table, budget, pins=o.rules(keep, "--keep"), floors=floors)
     result.save(out or sensitivity.with_name("plan.json"))
     console.show(summary.of_plan(result), result.dumps(), as_json, quiet)
 
