@@ -10,6 +10,9 @@ import torch
 from bitplan.errors import RuntimeFailure
 from bitplan.runtimes.hf.layout import Weight
 
+SAMPLE = 256
+"""Tokens whose inputs are kept as they are."""
+
 Key = tuple[str, int]
 """A weight and which of its matrices."""
 
@@ -46,7 +49,9 @@ class Grams:
         if not matrices:
             return self.of(name).mean
         some = next(self.of(n, m).mean for n, m in self._of if n == name)
-        each = (self.of(name, m).mean if (name, m) in self._of else 0 * some for m in range(matrices))
+        each = (
+            self.of(name, m).mean if (name, m) in self._of else 0 * some for m in range(matrices)
+        )
         return torch.stack(list(each))
 
     def of(self, name: str, matrix: int = 0) -> Sums:
@@ -69,11 +74,21 @@ class Sums:
         self.largest = torch.zeros(row, **like)
         """Largest |x|."""
         self.tokens = 0
+        self.sample = inputs[:0].float()
+        """The first `SAMPLE` inputs, [tokens, row]."""
 
     @property
     def mean(self) -> torch.Tensor:
         """E[x x^T]."""
         return self.products / max(self.tokens, 1)
+
+    def divide(self, scale: torch.Tensor) -> None:
+        """As if every input had been divided by the scale [row]."""
+        inverse = (1 / scale).to(self.products)
+        self.products *= inverse[:, None] * inverse
+        self.absolute *= inverse
+        self.largest *= inverse
+        self.sample *= inverse
 
     def add(self, inputs: torch.Tensor) -> None:
         wide = inputs.float()
@@ -82,3 +97,5 @@ class Sums:
         self.absolute += size.sum(0)
         torch.maximum(self.largest, size.amax(0), out=self.largest)
         self.tokens += len(inputs)
+        if len(self.sample) < SAMPLE:
+            self.sample = torch.cat([self.sample, wide])[:SAMPLE]

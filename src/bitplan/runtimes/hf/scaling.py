@@ -1,0 +1,68 @@
+"""Scales the columns of a stage's weights before they are rounded, and keeps its function.
+
+Between the maths (`quantizers.awq`, `quantizers.smoothquant`) and the places (`folding`): takes a
+stage whose inputs have been watched, changes its parameters in place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import torch
+
+from bitplan.quantizers import Method, awq, smoothquant
+from bitplan.runtimes.hf import folding
+from bitplan.runtimes.hf.folding import Fold
+from bitplan.runtimes.hf.grams import Grams, Sums
+from bitplan.runtimes.hf.streamed import StreamedModel
+from bitplan.runtimes.hf.walk import Step
+from bitplan.schemes import Scheme
+
+
+def apply(
+    model: StreamedModel, step: Step, wanted: Mapping[str, Scheme], grams: Grams, method: Method
+) -> dict[str, torch.Tensor]:
+    """Scale what can be scaled; the grams become those of the scaled inputs.
+
+    wanted: weight -> scheme, of those that will be rounded. Returns the other parameters that
+    changed, by name: norms, biases, weights that stay in floats. Only blocks have folds.
+    """
+    if not 0 <= step.layer < model.layout.count:
+        return {}
+    changed: dict[str, torch.Tensor] = {}
+    run = functools.partial(step.run, 0)
+    for fold in folding.find(model.model, model.layout, step.layer, run):
+        watched = next((n for n in fold.weights if n in grams), None)
+        if watched is None or (method.scaling == "smoothquant" and not _after_norm(model, fold)):
+            continue
+        scale = _scale(model, fold, wanted, grams.of(watched), method)
+        folding.apply(model.model, model.layout, fold, scale)
+        grams.of(watched).divide(scale)
+        changed |= {p: _stored(model, p) for p in fold.parameters if p not in wanted}
+    return changed
+
+
+def _after_norm(model: StreamedModel, fold: Fold) -> bool:
+    return fold.source.weight not in model.layout.weights
+
+
+def _scale(
+    model: StreamedModel, fold: Fold, wanted: Mapping[str, Scheme], sums: Sums, method: Method
+) -> torch.Tensor:
+    """Of the columns of a fold's weights, [row] float32."""
+    weights = [model.stored(n) for n in fold.weights]
+    schemes = [wanted.get(n) for n in fold.weights]
+    if method.scaling == "awq":
+        mean = sums.absolute / max(sums.tokens, 1)
+        return awq.search(weights, schemes, sums.mean, mean, shared=fold.shared).scale
+    if method.alpha is None:
+        found = smoothquant.search(
+            sums.sample, weights, schemes, largest=sums.largest, shared=fold.shared
+        )
+        return found.scale
+    return smoothquant.smoothing(sums.largest, weights, method.alpha, shared=fold.shared)
+
+
+def _stored(model: StreamedModel, parameter: str) -> torch.Tensor:
+    return model.model.get_parameter(parameter).detach().clone()

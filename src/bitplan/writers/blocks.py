@@ -1,0 +1,131 @@
+"""What became of each stage of a model, on disk before the next one is begun.
+
+Reads and writes a folder of small safetensors files, one a stage, in the form that the finished
+model has. A run that was killed finds its stages here and goes on behind them; the writer takes its
+tensors from here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from bitplan import files, formats
+from bitplan.errors import ArtifactError
+from bitplan.quantizers.integers import Integers
+from bitplan.runtimes.hf.blockwise import Block
+from bitplan.runtimes.hf.shards import Shards
+from bitplan.schemes import Scheme
+from bitplan.writers.packed import packed, unpacked
+
+
+class Blocks:
+    """The stages of one model under one plan."""
+
+    def __init__(
+        self, folder: Path, key: Mapping[str, Any], shards: Shards, types: Mapping[str, str]
+    ) -> None:
+        """key: everything that decides what stages become. Raises ArtifactError when the folder
+        holds those of other work."""
+        self._folder, self._shards = folder, shards
+        self._schemes = {n: _scheme(f) for n, f in types.items()}
+        told, path = json.dumps(key, indent=1, sort_keys=True), folder / "key.json"
+        if path.exists() and path.read_text(encoding="utf-8") != told:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            differing = ", ".join(k for k in key if there.get(k) != json.loads(told)[k])
+            raise ArtifactError(
+                f"{folder}: holds stages of other work (different {differing}); use another --out,"
+                " or --fresh to discard them."
+            )
+        files.write_text(path, told)
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Tensor of the model, stored as it is -> its name in the files."""
+        return {p.targets[0]: p.sources[0][1].name for p in self._shards.parts}
+
+    def _path(self, layer: int) -> Path:
+        return self._folder / f"stage-{layer + 1:04}.safetensors"
+
+    def add(self, block: Block) -> None:
+        """Keep a stage; on disk when this returns. Raises ArtifactError."""
+        found: dict[str, torch.Tensor] = {}
+        for name, numbers in block.integers.items():
+            module = self._names[name].removesuffix("weight")
+            found |= {module + part: values for part, values in packed(numbers).items()}
+        for name, values in block.changed.items():
+            found[self._names[name]] = values.to(self._dtype(name)).cpu().contiguous()
+        partial = self._path(block.layer).with_suffix(".partial")
+        try:
+            save_file(found, partial)
+            partial.replace(self._path(block.layer))
+        except (OSError, RuntimeError) as error:
+            raise ArtifactError(
+                f"{self._folder}: cannot be written ({error}); the stages so far are kept, free"
+                " some space and run the same command again."
+            ) from None
+
+    def _dtype(self, name: str) -> torch.dtype:
+        source = self._shards.source(name)
+        known = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+        return known[source.fmt.name] if source else torch.float32
+
+    def known(self, layer: int) -> Block | None:
+        """A stage that an earlier run finished."""
+        path = self._path(layer)
+        if not path.exists():
+            return None
+        stored = _read(path)
+        integers: dict[str, Integers] = {}
+        for name, scheme in self._schemes.items():
+            module = self._names[name].removesuffix("weight")
+            mine = {k.removeprefix(module): stored.pop(k) for k in _of(stored, module)}
+            if mine:
+                integers[name] = unpacked(mine, scheme)
+        names = {stored_as: name for name, stored_as in self._names.items()}
+        return Block(layer, integers, {names[k]: v for k, v in stored.items()})
+
+    def get(self, name: str) -> torch.Tensor | None:
+        """A tensor of the finished files; None for one that quantizing left alone."""
+        path = self._places.get(name)
+        if path is None:
+            return None
+        with safe_open(path, "pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+            return found
+
+    @cached_property
+    def _places(self) -> dict[str, Path]:
+        found = {}
+        for path in sorted(self._folder.glob("stage-*.safetensors")):
+            with safe_open(path, "pt") as file:
+                found.update(dict.fromkeys(file.keys(), path))
+        return found
+
+    def forget(self) -> None:
+        """The model is written: the stages go."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _scheme(name: str) -> Scheme:
+    scheme = formats.get(name).scheme
+    assert scheme is not None
+    return scheme
+
+
+def _of(stored: Mapping[str, torch.Tensor], module: str) -> list[str]:
+    parts = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    return [module + p for p in parts if module + p in stored]
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
