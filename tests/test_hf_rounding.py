@@ -120,7 +120,7 @@ def test_experts_are_rounded_one_by_one() -> None:
     weights[1] *= 100
     importance = np.abs(noise(3, 256, seed=1).numpy()) + 0.1
     for name in ("int4-g64", "int4-channel-asym", "int3-tensor", "fp8-tensor", "qint2", "qint8",
-                 "q4_k"):  # fmt: skip
+                 "q4_k", "spqr3"):  # fmt: skip
         fmt = formats.get(name)
         one_by_one = [rounded(weights[i], fmt, importance[i]) for i in range(3)]
         assert same(rounded(weights, fmt, importance), torch.stack(one_by_one)), name
@@ -145,7 +145,9 @@ def test_plain_types_are_casts(name: str) -> None:
     assert same(rounded(weights.bfloat16(), fmt), weights.bfloat16())
 
 
-@pytest.mark.parametrize("name", ["f32", "int4-g32", "int8-tensor-asym", "fp8", "qint4", "q8_0"])
+@pytest.mark.parametrize(
+    "name", ["f32", "int4-g32", "int8-tensor-asym", "fp8", "qint4", "q8_0", "spqr3-o0.1"]
+)
 def test_the_result_is_fresh_and_the_weights_stay(name: str) -> None:
     transposed = noise(256, 16).T
     parameter = torch.nn.Parameter(transposed)
@@ -186,7 +188,7 @@ BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("name", ["bf16", "int4-g32", "int2-tensor-asym", "fp8-channel", "qint8",
-                                  "qint4", "qfloat8", "q4_0", "q4_k"])  # fmt: skip
+                                  "qint4", "qfloat8", "q4_0", "q4_k", "spqr3-o1"])  # fmt: skip
 def test_nan_and_infinity_are_refused(name: str, bad: str) -> None:
     weights = noise(16, 256)
     weights[3, 17] = BAD[bad]

@@ -60,8 +60,6 @@ def gptq(
         raise ValueError(f"gptq chooses integers and fp8, not {scheme.name}")
     if gram.shape != (*weights.shape[:-2], weights.shape[-1], weights.shape[-1]):
         raise ValueError(f"a gram of {list(gram.shape)} for weights of {list(weights.shape)}")
-    if not gram.isfinite().all():
-        raise ValueError("the gram of the inputs holds NaN or infinite values")
     weights = weights.detach()
     if weights.dim() > 2:  # experts
         each = [
@@ -72,8 +70,8 @@ def gptq(
             torch.stack([getattr(i.grid, name) for i in each]) for name in ("scale", "zero")
         )
         return Integers(Grid(scheme, scale, zero), torch.stack([i.values for i in each]))
-    on = grid_of(weights, scheme, gram, grid)
     factor = Factor.of(gram, damp, ordered)
+    on = grid_of(weights, scheme, gram, grid)
     return integers.nearest(weights, on) if factor is None else _chosen(weights, on, factor, block)
 
 
@@ -95,7 +93,12 @@ class Factor:
 
     @staticmethod
     def of(gram: torch.Tensor, damp: float, ordered: bool) -> Factor | None:
-        """None for a gram that is zero, or is not positive definite with any damping."""
+        """None for a gram that is zero, or is not positive definite with any damping.
+
+        gram, damp, ordered: as for `gptq`. Raises ValueError for NaN and infinite values.
+        """
+        if not gram.isfinite().all():
+            raise ValueError("the gram of the inputs holds NaN or infinite values")
         diagonal = gram.diagonal()
         dead = diagonal == 0
         if bool(dead.all()):

@@ -1,7 +1,8 @@
 """Weights after a round trip through a format, in PyTorch. Tensors in, tensors out.
 
 Integers and fp8 are rounded as compressed-tensors 0.20 does (`quantizers/integers.py`), quanto's
-types as optimum-quanto 0.2.7 does for an `nn.Linear`, GGUF's types by ggml itself. quanto's are
+types as optimum-quanto 0.2.7 does for an `nn.Linear`, GGUF's types by ggml itself, SpQR's as
+`quantizers/spqr.py` does where it knows no inputs. quanto's are
 written out here, step for step in the weights' own dtype, because each step rounds; the library is
 not needed to run this, and the tests compare every bit. What is computed is what the libraries
 compute on a CPU, wherever the weights lie.
@@ -16,6 +17,7 @@ import torch
 from bitplan.errors import ModelFileError, UsageError
 from bitplan.formats import Format
 from bitplan.quantizers import integers
+from bitplan.quantizers.spqr import spqr
 from bitplan.schemes import Scheme
 
 Importance = npt.NDArray[np.float32]
@@ -50,7 +52,7 @@ def rounded(
     elif fmt.scheme is None:
         out = _by_ggml(weights, fmt, importance, threads)
     else:
-        method = _quanto if fmt.scheme.kind == "quanto" else _compressed
+        method = {"quanto": _quanto, "spqr": _spqr}.get(fmt.scheme.kind, _compressed)
         out = method(weights, fmt.scheme).reshape(weights.shape)
     if not _finite(out):
         raise ModelFileError(
@@ -62,6 +64,12 @@ def rounded(
 
 def _compressed(weights: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return integers.rtn(weights, scheme).weights()
+
+
+def _spqr(weights: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Without a word on the inputs: all columns count alike, and none makes up for another."""
+    each = weights.reshape(-1, *weights.shape[-2:])
+    return torch.stack([spqr(matrix, scheme, None).weights() for matrix in each])
 
 
 def _quanto(weights: torch.Tensor, scheme: Scheme) -> torch.Tensor:
