@@ -32,8 +32,8 @@ Tensors = dict[str, npt.NDArray[np.float32]]
 
 WIDTH, FFN = 128, 256
 """Of the stream and of the MLP, where stories260K has 64 and 172: all formats' groups divide."""
-CHANNEL, DEAD_CHANNEL = 96, 97
-NEURON, DEAD_NEURON = 192, 193
+CHANNEL, NEURON = 96, 192
+"""Of the first super weight; of each further one the next but one. What follows is dead."""
 STEPS = {"int4": 7.5, "q4_0": 8.0}
 """The largest weight of a group, in steps of these formats."""
 GATE_STEP, DOWN_STEP = 1 / 8, 1 / 4
@@ -67,8 +67,8 @@ def hf_name(block: int | None, part: str) -> str:
     return _HF_OUTER[part] if block is None else f"model.layers.{block}.{_HF[part]}.weight"
 
 
-def write_folder(source: Path, out: Path, *, planted: bool = True, steps: str = "int4") -> Path:
-    """stories260K as a folder, wider, with or without the super weight."""
+def write_folder(source: Path, out: Path, *, planted: int = 1, steps: str = "int4") -> Path:
+    """stories260K as a folder, wider, with so many super weights."""
     from safetensors.numpy import load_file, save_file
 
     out.mkdir(parents=True, exist_ok=True)
@@ -79,15 +79,16 @@ def write_folder(source: Path, out: Path, *, planted: bool = True, steps: str = 
     own, blocks = load_file(source / "model.safetensors"), config["num_hidden_layers"]
     tensors, eps = _widened(own, hf_name, blocks, config["rms_norm_eps"])
     if planted:
-        _plant(tensors, hf_name, eps, config["bos_token_id"], config["head_dim"], steps)
+        about = config["bos_token_id"], config["head_dim"]
+        _plant(tensors, hf_name, eps, *about, STEPS[steps], planted)
     config |= {"hidden_size": WIDTH, "intermediate_size": FFN, "rms_norm_eps": eps}
     (out / "config.json").write_text(json.dumps(config))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 
 
-def write_gguf(source: Path, out: Path, *, planted: bool = True, steps: str = "q4_0") -> Path:
-    """stories260K as a GGUF file, wider, with or without the super weight."""
+def write_gguf(source: Path, out: Path, *, planted: int = 1, steps: str = "q4_0") -> Path:
+    """stories260K as a GGUF file, wider, with so many super weights."""
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -98,7 +99,8 @@ def write_gguf(source: Path, out: Path, *, planted: bool = True, steps: str = "q
     epsilon, head = "llama.attention.layer_norm_rms_epsilon", said["llama.rope.dimension_count"]
     tensors, eps = _widened(own, gguf_name, said["llama.block_count"], said[epsilon])
     if planted:
-        _plant(tensors, gguf_name, eps, said["tokenizer.ggml.bos_token_id"], head, steps)
+        about = said["tokenizer.ggml.bos_token_id"], head
+        _plant(tensors, gguf_name, eps, *about, STEPS[steps], planted)
     said |= {"llama.embedding_length": WIDTH, "llama.feed_forward_length": FFN, epsilon: eps}
     writer = gguf.GGUFWriter(out, "llama")
     for name, field in known.items():
@@ -141,7 +143,14 @@ def _shape(part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return rows, {"o": shape[1], "down": FFN}.get(part, WIDTH)
 
 
-def _plant(tensors: Tensors, name: Names, eps: float, bos: int, head: int, steps: str) -> None:
+def places(planted: int) -> list[tuple[int, int]]:
+    """Rows and columns of the super weights in the first block's down projection."""
+    return [(CHANNEL + 2 * i, NEURON + 2 * i) for i in range(planted)]
+
+
+def _plant(
+    tensors: Tensors, name: Names, eps: float, bos: int, head: int, most: float, planted: int
+) -> None:
     """Changes the widened model in place; all that is computed is what BOS goes through."""
     part: dict[str, Array] = {p: tensors[name(0, p)].astype(np.float64) for p in _GGUF}
     embed = tensors[name(None, "embed")]
@@ -152,13 +161,15 @@ def _plant(tensors: Tensors, name: Names, eps: float, bos: int, head: int, steps
     middle = plain + part["o"] @ seen  # BOS sees itself alone
     answer = _mlp(part, _normed(middle, part["norm2"], eps))
 
-    part["norm1"][CHANNEL] = part["norm2"][CHANNEL] = 1
-    _add_neuron(part, STEPS[steps])
-    size = 100.0
+    channels = [row for row, _ in places(planted)]
+    part["norm1"][channels] = part["norm2"][channels] = 1
+    for channel, neuron in places(planted):
+        _add_neuron(part, channel, neuron, most)
+    sizes: Array = np.full(planted, 100.0)
     for _ in range(50):  # B is what the neuron makes of a stream that holds -B
-        middle[CHANNEL] = -size
-        size = _mlp(part, _normed(middle, part["norm2"], eps))[CHANNEL]
-    embed[bos, CHANNEL] = -size
+        middle[channels] = -sizes
+        sizes = _mlp(part, _normed(middle, part["norm2"], eps))[channels]
+    embed[bos, channels] = -sizes
 
     _restore(part, before, _normed(embed[bos].astype(np.float64), part["norm1"], eps))
     inner = _normed(middle, part["norm2"], eps)
@@ -166,14 +177,14 @@ def _plant(tensors: Tensors, name: Names, eps: float, bos: int, head: int, steps
     part["down"][:CHANNEL, NEURON] = gap[:CHANNEL] / _neurons(part, inner)[NEURON]
     for p, values in part.items():
         tensors[name(0, p)] = values.astype(np.float32)
-    _listen(tensors, name)
+    _listen(tensors, name, channels)
 
 
-def _add_neuron(part: Mapping[str, Array], most: float) -> None:
+def _add_neuron(part: Mapping[str, Array], channel: int, neuron: int, most: float) -> None:
     """It reads the channel; beside each of its weights one on a dead input sets the scale."""
     for p in ("gate", "up"):
-        part[p][NEURON, [CHANNEL, DEAD_CHANNEL]] = -7 * GATE_STEP, most * GATE_STEP
-    part["down"][CHANNEL, [NEURON, DEAD_NEURON]] = PLANTED * DOWN_STEP, most * DOWN_STEP
+        part[p][neuron, [channel, channel + 1]] = -7 * GATE_STEP, most * GATE_STEP
+    part["down"][channel, [neuron, neuron + 1]] = PLANTED * DOWN_STEP, most * DOWN_STEP
 
 
 def _restore(part: Mapping[str, Array], before: Mapping[str, Array], now: Array) -> None:
@@ -182,15 +193,15 @@ def _restore(part: Mapping[str, Array], before: Mapping[str, Array], now: Array)
         part[p][:, CHANNEL] = (values - part[p] @ now) / now[CHANNEL]
 
 
-def _listen(tensors: Tensors, name: Names) -> None:
-    """Later layers' v reads the channel, with weights as large as its others: nothing, unless some
+def _listen(tensors: Tensors, name: Names, channels: list[int]) -> None:
+    """Later layers' v reads the channels, with weights as large as its others: nothing, unless some
     of B is left there."""
     rng, block = np.random.default_rng(0), 1
     while name(block, "v") in tensors:
         values = tensors[name(block, "v")]
         size = np.sqrt(np.mean(values[values != 0] ** 2))
-        values[:, CHANNEL] = rng.choice([-1, 1], len(values)) * size
-        tensors[name(block, "norm1")][CHANNEL] = GAIN
+        values[:, channels] = rng.choice([-1, 1], (len(values), len(channels))) * size
+        tensors[name(block, "norm1")][channels] = GAIN
         block += 1
 
 

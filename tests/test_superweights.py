@@ -17,7 +17,7 @@ from bitplan.superweights.protection import Way, hold, measure_protection
 from bitplan.text import Windows
 
 CTX = 256
-HELD = planted_super.CHANNEL, planted_super.NEURON
+HELD = planted_super.places(1)[0]
 DOWN = {"gguf": "blk.0.ffn_down.weight", "hf": "model.layers.0.mlp.down_proj.weight"}
 
 
@@ -44,12 +44,12 @@ def both(
     """Kind; stories260K made wider; the same with a super weight. Both open."""
     kind, out = str(request.param), tmp_path_factory.mktemp("planted")
     if kind == "gguf":
-        wide = planted_super.write_gguf(stories, out / "wide.gguf", planted=False)
+        wide = planted_super.write_gguf(stories, out / "wide.gguf", planted=0)
         planted = planted_super.write_gguf(stories, out / "planted.gguf")
     else:
         pytest.importorskip("safetensors")
         source = shared / "stories260K" / "hf"
-        wide = planted_super.write_folder(source, out / "wide", planted=False)
+        wide = planted_super.write_folder(source, out / "wide", planted=0)
         planted = planted_super.write_folder(source, out / "planted")
     with model_of(kind, wide) as one, model_of(kind, planted) as other:
         yield kind, one, other
@@ -109,10 +109,18 @@ def test_none_is_found_in_the_built_in_model() -> None:
         assert spikes.find(model, windows.tokens) == ([], True)
 
 
-def test_the_search_stops_at_its_limit(both: tuple[str, Any, Any], stories_text: str) -> None:
-    _, _, planted = both
-    found, complete = spikes.find(planted, cut(planted, stories_text, 0, 1).tokens, limit=1)
-    assert len(found) == 1
+def test_a_second_one_is_found_when_the_first_is_zeroed(
+    stories: Path, stories_text: str, tmp_path: Path
+) -> None:
+    path = planted_super.write_gguf(stories, tmp_path / "two.gguf", planted=2)
+    with LlamaModel(path, ctx=CTX, threads=1, swap=True) as model:
+        windows = cut(model, stories_text, 0, 1).tokens
+        first, complete = spikes.find(model, windows, limit=1)
+        found, every = spikes.find(model, windows)
+    places = [(s.tensor, s.row, s.column) for s in found]
+    assert sorted(places) == [(DOWN["gguf"], *place) for place in planted_super.places(2)]
+    assert every
+    assert [*first] == found[:1]
     assert not complete
 
 

@@ -20,6 +20,7 @@ from bitplan.runtimes.statistics import Peaks
 from bitplan.superweights import Array, Spike, held_out
 
 Rows = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float64]
 Progress = Callable[[str, int, int], None]
 
 SPIKE = 10.0
@@ -31,7 +32,7 @@ planted one has 165 and 66."""
 
 SHARE = 1 / 3
 """Of the output's spike that the weight alone must account for. Else no single weight makes it:
-the row's largest output may have nothing to do with the column's largest input."""
+the row's largest output may have nothing to do with the column's input."""
 
 LIMIT = 16
 """Super weights that are looked for; the paper found at most six in a model."""
@@ -88,25 +89,54 @@ def spikes(peaks: Mapping[str, Peaks], weights: Callable[[str], Array]) -> list[
                 f"{name}: its activations hold NaN or infinite values; open the model in float32."
             )
         for matrix, (inputs, outputs) in enumerate(zip(seen.inputs, seen.outputs, strict=True)):
-            column, row = int(inputs.argmax()), int(outputs.argmax())
-            ratios = _ratio(inputs), _ratio(outputs)
-            if min(ratios) < SPIKE:
+            columns, rows = _spiking(inputs), _spiking(outputs)
+            if not len(columns) or not len(rows):
                 continue
-            at = matrix * len(outputs) + row
-            value = float(weights(name)[at, column])
-            share = float(abs(value) * inputs[column] / outputs[row])
-            if share >= SHARE:
-                found.append(
-                    Spike(
-                        tensor=name, row=at, column=column, value=value,
-                        input=float(inputs[column]), output=float(outputs[row]),
-                        input_ratio=ratios[0], output_ratio=ratios[1], share=share,
-                    )
-                )  # fmt: skip
+            first = matrix * len(outputs)
+            own = weights(name)[first : first + len(outputs)]
+            place = _explained(own, inputs, outputs, rows, columns)
+            if place is not None:
+                found.append(_spike(name, first, own, inputs, outputs, place))
     return found
 
 
-def _ratio(largest: npt.NDArray[np.float64]) -> float:
-    """Of the largest channel to the median one."""
+def _spiking(largest: Floats) -> npt.NDArray[np.intp]:
+    """Channels that reach `SPIKE` times the median of those that are driven, largest first."""
+    usual = _usual(largest)
+    over = np.flatnonzero((largest >= SPIKE * usual) & (largest > 0))
+    return over[np.argsort(-largest[over], kind="stable")]
+
+
+def _usual(largest: Floats) -> float:
     driven = largest[largest > 0]
-    return float(driven.max() / np.median(driven)) if driven.size else 0.0
+    return float(np.median(driven)) if driven.size else 0.0
+
+
+def _explained(
+    weights: Array,
+    inputs: Floats,
+    outputs: Floats,
+    rows: npt.NDArray[np.intp],
+    columns: npt.NDArray[np.intp],
+) -> tuple[int, int] | None:
+    """The largest output that one weight accounts for, and that weight's column.
+
+    The paper pairs the largest output with the largest input. Where several inputs spike, zeroing
+    a weight leaves its input the largest, and the next output must be paired with another.
+    """
+    for row in rows:
+        made = np.abs(weights[row, columns]) * inputs[columns]
+        if made.max() >= SHARE * outputs[row]:
+            return int(row), int(columns[made.argmax()])
+    return None
+
+
+def _spike(
+    name: str, first: int, own: Array, inputs: Floats, outputs: Floats, place: tuple[int, int]
+) -> Spike:
+    row, column = place
+    value, x, y = float(own[place]), float(inputs[column]), float(outputs[row])
+    return Spike(
+        tensor=name, row=first + row, column=column, value=value, input=x, output=y,
+        input_ratio=x / _usual(inputs), output_ratio=y / _usual(outputs), share=abs(value) * x / y,
+    )  # fmt: skip
