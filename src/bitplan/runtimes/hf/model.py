@@ -74,7 +74,7 @@ class HfModel(OpenModel):
             found.append(out.logits[:, -1:].argmax(-1))
             cache = getattr(out, "past_key_values", None)  # without one, all is read again
             ids = torch.cat([ids, found[-1]], 1) if cache is None else found[-1]
-        return torch.cat(found, 1).cpu().numpy().astype(np.int32)
+        return np.asarray(torch.cat(found, 1).cpu().numpy(), np.int32)
 
     def walk(self, windows: Rows, *, as_is: bool = False) -> Iterator[walking.Step]:
         """Each block in turn, with its inputs for all windows, and what lies before and after.
