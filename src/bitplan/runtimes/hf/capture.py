@@ -18,9 +18,19 @@ import numpy.typing as npt
 import torch
 from torch.overrides import TorchFunctionMode
 
+from bitplan.quantizers.smoothquant import rounded_activations
 from bitplan.runtimes.hf.layout import Weight
 from bitplan.runtimes.hf.stream import Stream
 from bitplan.runtimes.statistics import Captured, Peaks, is_down
+
+_FACTORS = {
+    torch.nn.functional.linear: 0,
+    torch.addmm: 1,  # Conv1D: bias, input, weight
+    torch.matmul: 0,
+    torch.Tensor.matmul: 0,
+    torch.mm: 0,
+}
+"""Products, and which argument is the inputs."""
 
 Seen = Callable[[Weight, int, torch.Tensor], None]
 """Told of each product: the weight, which of its matrices, and its inputs [tokens, row]."""
@@ -49,19 +59,16 @@ class Inputs(TorchFunctionMode):  # type: ignore[misc]
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.nn.functional.linear:
-            self._see(args[0], args[1])
-        elif func is torch.addmm:  # Conv1D: bias, input, weight
-            self._see(args[1], args[2])
-        elif func in (torch.matmul, torch.Tensor.matmul, torch.mm):
-            self._see(args[0], args[1])
+        at = _FACTORS.get(func)  # of the inputs; the weight comes after them
+        found = None if at is None else self._of(args[at + 1])
+        if at is not None and found is not None:
+            args = (*args[:at], self._acting(*found, args[at]), *args[at + 1 :])
         return func(*args, **(kwargs or {}))
 
-    def _see(self, inputs: torch.Tensor, factor: torch.Tensor) -> None:
-        found = self._of(factor)
-        if found is not None:
-            weight, matrix = found
-            self._seen(weight, matrix, self._flat(inputs, weight.tensor.shape[-1]))
+    def _acting(self, weight: Weight, matrix: int, inputs: torch.Tensor) -> torch.Tensor:
+        """What the weight is multiplied with."""
+        self._seen(weight, matrix, self._flat(inputs, weight.tensor.shape[-1]))
+        return inputs
 
     def _flat(self, inputs: torch.Tensor, row: int) -> torch.Tensor:
         """[tokens, row] without padding; made once for all that share an input."""
@@ -89,6 +96,17 @@ class Inputs(TorchFunctionMode):  # type: ignore[misc]
             return None
         shape = weight.tensor.shape
         return weight, offset // (shape[-1] * shape[-2]) if len(shape) == 3 else 0
+
+
+class RoundedInputs(Inputs):
+    """Within the block these weights are multiplied with inputs rounded to 8 bits, each token by
+    its own scale, as engines do for W8A8."""
+
+    def __init__(self, weights: Mapping[str, tuple[Weight, torch.Tensor]]) -> None:
+        super().__init__(weights, lambda *_: None)
+
+    def _acting(self, weight: Weight, matrix: int, inputs: torch.Tensor) -> torch.Tensor:
+        return rounded_activations(inputs)
 
 
 def squares(sums: Captured) -> Seen:

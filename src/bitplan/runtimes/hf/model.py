@@ -23,6 +23,9 @@ from bitplan.runtimes.hf import batches, encoding, rounding, stream
 from bitplan.runtimes.hf import capture as capturing
 from bitplan.runtimes.hf import gradients as differentiating
 from bitplan.runtimes.hf import walk as walking
+from bitplan.runtimes.hf.capture import Inputs
+from bitplan.runtimes.hf.grams import Grams
+from bitplan.runtimes.hf.looking import Looking
 from bitplan.runtimes.hf.opened import OpenModel
 from bitplan.runtimes.hf.rows import flat
 from bitplan.runtimes.statistics import Captured
@@ -107,7 +110,9 @@ class HfModel(OpenModel):
     def _run(self, rows: Rows) -> Array:
         """[n, positions, vocabulary] of these rows, in one pass of the model."""
         reusing = self._stream.running(stream.fingerprint(rows), self._first_changed())
-        with torch.no_grad(), reusing:
+        rounding = self.weights.with_rounded_inputs
+        acting = capturing.RoundedInputs(rounding) if rounding else contextlib.nullcontext()
+        with torch.no_grad(), reusing, acting:
             found = self._forward(rows)
         return np.asarray(found.float().cpu().numpy(), np.float32)
 
@@ -136,6 +141,27 @@ class HfModel(OpenModel):
         return width * int(next(self.model.parameters()).element_size())
 
     # --- weights and activations -----------------------------------------------------------
+
+    def look(self, windows: Rows, method: str = "gptq") -> None:
+        """From now on weights are rounded by what they are multiplied with on these windows.
+
+        method: `gptq` for integers; with `rtn` for SpQR's formats alone, which always ask.
+        """
+        self.hold({})
+        places = self.weights.places()
+        del places[self.layout.embedding]
+        grams = Grams()
+        for group in self._groups(windows):
+            mask = batches.mask(windows[group]) if self.is_classifier else None
+            with Inputs(places, grams.see, mask):
+                self._run(windows[group])
+        self.weights.looking = Looking(grams, method, windows)
+
+    @property
+    def engine(self) -> str:
+        """Also how weights are rounded, where that is not to the nearest numbers."""
+        looking = self.weights.looking
+        return super().engine + (f", {looking.told}" if looking else "")
 
     def unreached(self) -> list[str]:
         """None: every weight that is found belongs to a module that is run."""

@@ -150,6 +150,9 @@ class StreamedModel(HfModel):
     ) -> dict[str, Array]:
         raise self._whole("gives no gradients")
 
+    def look(self, windows: Rows, method: str = "gptq") -> None:
+        raise self._whole("does not keep what all its weights are multiplied with")
+
     def _whole(self, what: str) -> RuntimeFailure:
         return RuntimeFailure(
             f"{self.path}: is read block by block, is never run as a whole and {what}; for a model"

@@ -13,6 +13,7 @@ from bitplan.errors import RuntimeFailure
 from bitplan.formats import Format
 from bitplan.runtimes.hf import rounding
 from bitplan.runtimes.hf.layout import Layout, Weight
+from bitplan.runtimes.hf.looking import Looking
 
 Array = npt.NDArray[np.float32]
 Held = tuple[Format | None, Array | None]
@@ -25,6 +26,8 @@ class Weights:
         self._parameters = dict(model.named_parameters())
         self.layout, self._threads = layout, threads
         self._held: dict[str, Held] = {}
+        self.looking: Looking | None = None
+        """How weights are rounded where their inputs are known; None: to the nearest numbers."""
         self._originals: dict[str, torch.Tensor] = {}
 
     def parameter(self, name: str) -> torch.Tensor:
@@ -55,6 +58,12 @@ class Weights:
         return {n: (w, self._parameters[w.parameter]) for n, w in self.layout.weights.items()}
 
     @property
+    def with_rounded_inputs(self) -> dict[str, tuple[Weight, torch.Tensor]]:
+        """As `places`, those whose format rounds what they are multiplied with as well."""
+        held = {n for n, (f, _) in self._held.items() if f and f.scheme and f.scheme.activations}
+        return {n: p for n, p in self.places().items() if n in held} if held else {}
+
+    @property
     def held(self) -> frozenset[str]:
         return frozenset(self._held)
 
@@ -81,7 +90,8 @@ class Weights:
         if fmt is None:
             values = torch.zeros_like(own)
         else:
-            values = rounding.rounded(own, fmt, importance, self._threads)
+            seen = self.looking.round(name, own, fmt) if self.looking else None
+            values = rounding.rounded(own, fmt, importance, self._threads) if seen is None else seen
         if name not in self._originals:
             self._originals[name] = own.clone()
         self.parameter(name).copy_(values)
