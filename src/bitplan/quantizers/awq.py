@@ -21,6 +21,8 @@ from bitplan.schemes import Scheme
 
 RATIOS = 10
 """Values of r, from 0 to 1, 1 left out: 19 scales. Twice as many lost 0.3 % less."""
+ROWS = 512
+"""Rows of each weight that candidates are tried on."""
 LEAST = 1e-4
 """No scale is smaller, before it is normalised; llm-compressor's limit."""
 CLIPS = 20
@@ -52,25 +54,41 @@ def search(
     *,
     shared: torch.Tensor | None = None,
     ratios: int = RATIOS,
+    rows: int = ROWS,
 ) -> Found:
     """The scale of the columns of weights that share an input.
 
     weights: each [rows, row]; schemes: of each, None for one that is not rounded and so loses
     nothing. gram: E[x x^T] [row, row]; mean_abs: E|x| [row]. shared: see `columns.even`. No scale
-    at all is a candidate, so the error is never above that of plain rounding.
+    at all is a candidate, and on all rows in the end, so the error is never above plain rounding's.
     """
     rounded = [(w, s) for w, s in zip(weights, schemes, strict=True) if s is not None]
-    scale = torch.ones_like(mean_abs, dtype=torch.float32)
-    before = sum(_lost(w, s, scale, gram) for w, s in rounded)
-    best = Found(scale, before, before, 0.0)
-    if not rounded:
-        return best
-    for ratio, candidate in candidates(rounded, mean_abs, ratios):
+    some = [_some(w, s, rows) for w, s in rounded]
+    none = torch.ones_like(mean_abs, dtype=torch.float32)
+    least, best, chosen = _sum(some, none, gram), none, 0.0
+    for ratio, candidate in candidates(rounded, mean_abs, ratios) if rounded else ():
         scale = columns.even(candidate, shared)
-        error = sum(_lost(w, s, scale, gram) for w, s in rounded)
-        if error < best.error:  # never so for NaN
-            best = Found(scale, error, before, ratio)
-    return best
+        error = _sum(some, scale, gram)
+        if error < least:  # never so for NaN
+            least, best, chosen = error, scale, ratio
+    every = [(w, s, 1.0) for w, s in rounded]
+    before = _sum(every, none, gram)
+    error = _sum(every, best, gram)
+    return Found(best, error, before, chosen) if error < before else Found(none, before, before, 0)
+
+
+def _some(weights: torch.Tensor, scheme: Scheme, most: int) -> tuple[torch.Tensor, Scheme, float]:
+    """At most so many rows, evenly taken, and how many each stands for; all with one scale in
+    all."""
+    step = 1 if scheme.strategy == "tensor" else -(-len(weights) // most)
+    few = weights[::step]
+    return few, scheme, len(weights) / len(few)
+
+
+def _sum(
+    weights: Sequence[tuple[torch.Tensor, Scheme, float]], scale: torch.Tensor, gram: torch.Tensor
+) -> float:
+    return sum(share * _lost(w, s, scale, gram) for w, s, share in weights)
 
 
 def candidates(

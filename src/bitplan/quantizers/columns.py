@@ -16,6 +16,7 @@ def even(scale: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
     """
     if shared is None:
         return scale
+    shared = shared.to(scale.device)
     sums = scale.new_zeros(int(shared.max()) + 1).index_add_(0, shared, scale.log())
     return (sums / shared.bincount()).exp()[shared]
 
