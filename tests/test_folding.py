@@ -136,6 +136,23 @@ def test_all_heads_of_their_own(tmp_path: Path) -> None:
         assert named(folds) == ATTENTION | {"v_proj": ["o_proj"]} | GATED
 
 
+def test_a_norm_with_a_bias_that_adds_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nemotron's: 1 is added to the weight alone. Its squared ReLU lets no scale through."""
+    monkeypatch.setitem(hf_models.SETTINGS, "nemotron", hf_models.SETTINGS["llama"])
+    rows = hf_models.windows("nemotron", 2)
+    with opened("nemotron", tmp_path, reuse=False) as model:
+        before, folds = logits(model, rows), found(model, rows)[LAYER]
+        assert named(folds) == {
+            "input_layernorm+1": ["q_proj", "k_proj", "v_proj"],
+            "v_proj*": ["o_proj"],
+            "post_attention_layernorm+1": ["up_proj"],
+        }
+        for fold in folds:
+            folding.apply(model.model, model.layout, fold, scale_of(fold, 0))
+        # as for the other families
+        assert np.abs(logits(model, rows) - before).max() < 2e-5 * np.abs(before).max()
+
+
 def test_a_block_of_a_model_that_is_not_in_memory(tmp_path: Path) -> None:
     path, rows = hf_models.write("llama", tmp_path / "llama"), hf_models.windows("llama", 2)
     with StreamedModel(path, ctx=hf_models.CTX, threads=1, device="cpu") as model:

@@ -112,14 +112,7 @@ def apply(model: nn.Module, layout: Layout, fold: Fold, scale: torch.Tensor) -> 
         axis = 0 if layout.weights[name].transposed else 1
         values = model.get_parameter(layout.weights[name].parameter).detach()
         found[name] = (values.float() * _along(scale, values, axis)).to(values.dtype)
-    for part in (source.weight, source.bias):
-        if part is not None:
-            values = model.get_parameter(part).detach()
-            axis = source.axis if values.dim() > 1 else 0
-            whole = torch.ones(values.shape[axis])
-            whole[: len(parts)] = parts
-            wide = (values.float() + source.offset) / _along(whole, values, axis) - source.offset
-            found[part] = wide.to(values.dtype)
+    found |= {name: _divided(model, name, source, parts) for name in fold.parameters[len(found) :]}
     for name, values in found.items():
         if not bool(values.isfinite().all()):
             raise RuntimeFailure(
@@ -129,6 +122,16 @@ def apply(model: nn.Module, layout: Layout, fold: Fold, scale: torch.Tensor) -> 
     with torch.no_grad():
         for name, values in found.items():
             model.get_parameter(name).copy_(values)
+
+
+def _divided(model: nn.Module, name: str, source: Source, parts: torch.Tensor) -> torch.Tensor:
+    """The source's weight or bias, its first outputs divided by `parts`."""
+    values = model.get_parameter(name).detach()
+    axis = source.axis if values.dim() > 1 else 0
+    offset = source.offset if name == source.weight else 0
+    whole = torch.ones(values.shape[axis])
+    whole[: len(parts)] = parts
+    return ((values.float() + offset) / _along(whole, values, axis) - offset).to(values.dtype)
 
 
 def _along(scale: torch.Tensor, values: torch.Tensor, axis: int) -> torch.Tensor:
