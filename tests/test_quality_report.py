@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from bitplan import artifacts, formats, quality, summary_quality
+import synthetic
+from bitplan import artifacts, formats, quality, report, summary_quality
 from bitplan.artifacts import TextFacts
 from bitplan.coherence import Coherence, Voice
+from bitplan.errors import ArtifactError
 from bitplan.quality import Quality
 from bitplan.reporting import quality as words
 from bitplan.runtimes.llamacpp import LlamaModel
@@ -269,3 +271,20 @@ def test_no_difference_is_called_none(found: Quality) -> None:
     other = found.candidate.model_copy(update={"measurements": same})
     told = words.headline(found.model_copy(update={"candidate": other}))
     assert told.endswith("no difference in perplexity measured.")
+
+
+def test_the_report_shows_it(found: Quality, tmp_path: Path) -> None:
+    plan = synthetic.made(synthetic.sensitivity())
+    evaluation = synthetic.evaluation(plan)
+    evaluation.save(tmp_path / "evaluation.json")
+    hostile = spoiled(found, "It says <script>x</script>.")
+    hostile.save(tmp_path / "quality.json")
+    with pytest.raises(ArtifactError, match="is about another model"):
+        report.write_from(tmp_path)
+    hostile.model_copy(update={"model": evaluation.model}).save(tmp_path / "quality.json")
+    report.write_from(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>Warning.</b> It says &lt;script&gt;x" in page
+    assert f"<td>{found.bpw_quantized:.3f}</td>" in page
+    assert page.count('<th scope="row">outside</th>') == 1
+    assert "## Quality" in (tmp_path / "report.md").read_text()

@@ -26,9 +26,11 @@ from safetensors.numpy import load_file, save_file
 
 import hf_models
 import written_models
-from bitplan import checkpoint, formats, inspection, schemes, written
+from bitplan import checkpoint, cli_measure, divergence, formats, inspection, schemes, written
 from bitplan.errors import BitplanError, ModelFileError, RuntimeFailure
 from bitplan.runtimes.hf.written import WrittenModel
+from bitplan.setting import Setting
+from bitplan.text import windows
 from written_models import TOKENWISE, int_weights
 
 FIRST = r"re:^model\.layers\.[01]\..*_proj$"
@@ -280,6 +282,48 @@ def reference_errors(reference: Any, model: Any) -> list[tuple[int, npt.NDArray[
             gap = (out - other).double().square().sum(-1) / out.double().square().sum(-1)
             found.append((i, gap.ravel().numpy()))
     return found
+
+
+def test_evaluate_takes_it_as_a_candidate(mixed: Path, tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    rng = np.random.default_rng(4)
+    text.write_text(" ".join(f"w{i}" for i in rng.integers(0, 90, 200)))
+    setting = Setting(
+        eval_text=[str(text)], ctx=hf_models.CTX, eval_windows=4, threads=1, device="cpu"
+    )
+    source = mixed.parent / "source"
+    found = cli_measure.compare(source, [mixed], setting, tmp_path, True, lambda *_: None)
+    (one,) = found.candidates
+    assert (one.name, one.how) == ("mixed", "file")
+    assert one.bytes == (mixed / "model.safetensors").stat().st_size
+    kl, error = one.value("kl"), one.stderr("kl")
+    assert kl is not None
+    assert error is not None
+    assert kl > 2 * error > 0
+    # the same figures as those of the formats in the reference's own weights
+    types = {t.name: t.fmt for t in written.read(mixed).quantized}
+    with hf_models.opened(source) as model:
+        rows = text_windows(model, text.read_text(), 4)
+        own = [divergence.reference(x) for x in model.logits(rows)]
+        with model.rounded(types):
+            pairs = zip(own, model.logits(rows), strict=True)
+            assert kl == pytest.approx(np.mean([divergence.kl(r, x) for r, x in pairs]), rel=1e-4)
+    with pytest.raises(ModelFileError, match="quantized already"):
+        cli_measure.compare(mixed, [mixed], setting, tmp_path, True, lambda *_: None)
+
+
+def text_windows(model: Any, body: str, count: int) -> npt.NDArray[np.int32]:
+    found = windows(body, model.tokenize, ctx=model.ctx, count=count, bos=model.bos, source="test")
+    return found.tokens
+
+
+def test_experts_that_transformers_loses_are_told_of(tmp_path: Path) -> None:
+    """Attention alone is quantized; 5.17 would go on with random experts."""
+    source = hf_models.write("mixtral", tmp_path / "source")
+    groups = {r"re:^model\.layers\.[012]\.self_attn\..*_proj$": {"weights": int_weights(4)}}
+    path = written_models.compressed(source, tmp_path / "q", groups)
+    with pytest.raises(ModelFileError, match="cannot open experts beside compressed layers"):
+        opened(path)
 
 
 # --- what lies ---------------------------------------------------------------------------------

@@ -104,10 +104,11 @@ def _formats(tensors: tuple[Tensor, ...]) -> list[str]:
         size[t.fmt.name] += t.nbytes
         count[t.fmt.name] += 1
     total = max(sum(size.values()), 1)
+    width = max(8, *map(len, size))
     lines = []
     for name, nbytes in size.most_common():
         bar = "█" * round(40 * nbytes / total)
-        lines.append(f"{name:>8}  {count[name]:5d} tensors  {human(nbytes):>8}  {bar}")
+        lines.append(f"{name:>{width}}  {count[name]:5d} tensors  {human(nbytes):>8}  {bar}")
     return lines
 
 

@@ -1,8 +1,8 @@
 """Stage 5: what the other stages wrote -> a report for people.
 
-Reads sensitivity.json, plan.json, quantized.json and evaluation.json, as many as there are; or a
-study's results.json, see `report_study`. Writes report.html (one file that needs no network),
-report.md, report.json and the charts in figures/.
+Reads sensitivity.json, plan.json, quantized.json and evaluation.json, as many as there are, and
+quality.json beside them; or a study's results.json, see `report_study`. Writes report.html (one
+file that needs no network), report.md, report.json and the charts in figures/.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 from bitplan import artifacts, files, report_study
 from bitplan.artifacts import Artifact, Evaluation, Plan, Quantized, Sensitivity
 from bitplan.errors import ArtifactError
+from bitplan.quality import Quality
 from bitplan.reporting import charts, figures, findings, heatmaps, scales, verdict, wording
+from bitplan.reporting import quality as words
 from bitplan.reporting.findings import Findings
 from bitplan.reporting.templates import environment
 from bitplan.results import Results
@@ -39,7 +41,8 @@ def write_from(directory: Path) -> list[Path]:
             f"{directory}: holds no sensitivity.json, plan.json, evaluation.json or results.json;"
             " give the folder that bitplan auto, bitplan measure or bitplan study wrote."
         )
-    return write(directory, **parts, quantized=_load(directory, Quantized))  # type: ignore[arg-type]
+    more = {"quantized": _load(directory, Quantized), "quality": _load(directory, Quality)}
+    return write(directory, **parts, **more)  # type: ignore[arg-type]
 
 
 def write(
@@ -49,15 +52,21 @@ def write(
     plan: Plan | None,
     evaluation: Evaluation | None,
     quantized: Quantized | None = None,
+    quality: Quality | None = None,
 ) -> list[Path]:
     """Write the report into a folder and return its files, the page first.
 
     Raises ArtifactError when the parts were not made from one another, or there is none.
     """
     facts = findings.gather(sensitivity, plan, evaluation, quantized)
+    if quality and quality.model.sha256 != facts.model.sha256:
+        raise ArtifactError(
+            f"{directory / 'quality.json'}: is about another model than the files beside it; keep"
+            " the files of each model in a folder of their own."
+        )
     texts = {
-        "report.html": html(facts),
-        "report.md": markdown(facts),
+        "report.html": html(facts, quality),
+        "report.md": markdown(facts) + (f"\n{words.markdown(quality)}" if quality else ""),
         "report.json": json.dumps(summary(facts), indent=1, ensure_ascii=False) + "\n",
     }
     for name, text in texts.items():
@@ -65,7 +74,7 @@ def write(
     return [directory / name for name in texts] + figures.save(facts, directory / "figures")
 
 
-def html(facts: Findings) -> str:
+def html(facts: Findings, quality: Quality | None = None) -> str:
     """The page, with plotly's script and all data inside."""
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -75,7 +84,8 @@ def html(facts: Findings) -> str:
     nonce = hashlib.sha256(json.dumps([facts.hashes, drawn]).encode()).hexdigest()[:32]
     page = environment(finalize=wording.one_line).get_template("report.html.j2")
     script = Markup(get_plotlyjs()) if drawn else ""
-    return page.render(_context(facts), charts=drawn, plotly=script, nonce=nonce)
+    written = words.page(quality) if quality else None
+    return page.render(_context(facts), written=written, charts=drawn, plotly=script, nonce=nonce)
 
 
 def markdown(facts: Findings) -> str:

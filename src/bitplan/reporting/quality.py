@@ -6,6 +6,7 @@ An artefact in, text out. What the models say is shown as text and nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from bitplan.budget import human
 from bitplan.metrics import told
@@ -106,6 +107,16 @@ def speech(q: Quality) -> list[str]:
         f" {percent(c.reference.repetition)}), and the reference finds its words"
         f" {c.candidate.surprise:.2f} nats a token unlikely (its own {c.reference.surprise:.2f})."
     ]
+
+
+def page(q: Quality) -> dict[str, Any]:
+    """The same for the report's page, not yet escaped."""
+    return {
+        "headline": headline(q),
+        "warnings": q.warnings,
+        "tables": [("Figures of the written model", figures(q)), ("Errors by layer", layers(q))],
+        "lines": [*kept(q), *(speech(q) if not q.warnings else [])],
+    }
 
 
 def markdown(q: Quality) -> str:

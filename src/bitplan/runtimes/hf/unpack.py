@@ -46,10 +46,26 @@ def _compressed(there: Written, device: torch.device, dtype: torch.dtype, trust:
     """Each layer by its own scheme, unpacked at once rather than when it first runs."""
     _need("compressed_tensors", there)
     with _silent():
-        model = opening.load(there, device, dtype, trust=trust, mend=_mend_zeros(there))
+        try:
+            model = opening.load(there, device, dtype, trust=trust, mend=_mend_zeros(there))
+        except ModelFileError:
+            if any(p.dim() > 2 for p in opening.skeleton(there, dtype, trust=trust).parameters()):
+                raise _losing(there) from None
+            raise
         quantizer: Any = model.hf_quantizer
         quantizer.compressor.decompress_model(model)
     return model.requires_grad_(False)
+
+
+def _losing(there: Written) -> ModelFileError:
+    """transformers 5.17 to 5.23 do not stack the experts of a compressed checkpoint: the former
+    goes on with random ones."""
+    import transformers
+
+    return ModelFileError(
+        f"{there.path}: transformers {transformers.__version__} cannot open experts beside"
+        " compressed layers; run it in vLLM, or evaluate its plan on the original checkpoint."
+    )
 
 
 def _mend_zeros(there: Written) -> Callable[[Any, Any], None]:
