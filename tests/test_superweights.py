@@ -11,6 +11,7 @@ import pytest
 
 import planted_super
 from bitplan import paired, text, units
+from bitplan.errors import RuntimeFailure, UsageError
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.superweights import search, spikes
 from bitplan.superweights.protection import Way, hold, measure_protection
@@ -88,6 +89,22 @@ def test_a_super_weight_is_found_and_zeroing_it_ends_the_search(
     assert again == found
 
 
+def test_a_model_read_block_by_block_is_looked_through_once(
+    both: tuple[str, Any, Any], stories_text: str
+) -> None:
+    kind, _, planted = both
+    if kind != "hf":
+        pytest.skip("GGUF files are not read block by block")
+    from bitplan.runtimes.hf import StreamedModel
+
+    windows = cut(planted, stories_text, 0, 2).tokens
+    with StreamedModel(planted.path, ctx=CTX, threads=1, device="cpu") as model:
+        assert spikes.find(model, windows) == (spikes.find(planted, windows)[0], False)
+        # the values are in no memory to be changed, so this must not be tried
+        with pytest.raises(RuntimeFailure, match="not in memory"):
+            model.put(DOWN[kind], model.original(DOWN[kind])[0])
+
+
 def test_none_is_found_where_none_was_planted(
     both: tuple[str, Any, Any], stories_text: str
 ) -> None:
@@ -144,6 +161,16 @@ def test_protection_restores_what_rounding_the_super_weight_ruins(
     assert ways[1].kept == 1
     assert ways[1].bytes - plain.bytes == 4 + 2 + 4  # row, column, value
     assert all(" takes KL from " in f for f in told.findings)
+
+
+def test_formats_that_round_activations_are_refused(
+    both: tuple[str, Any, Any], stories_text: str
+) -> None:
+    _, _, planted = both
+    windows = cut(planted, stories_text, 0, 1)
+    found = search.run(planted, planted.facts, windows)
+    with pytest.raises(UsageError, match="rounds activations as well"):
+        measure_protection(planted, windows, found, "w8a8")
 
 
 def test_what_gains_nothing_is_said_to(both: tuple[str, Any, Any], stories_text: str) -> None:

@@ -25,8 +25,8 @@ Places = Mapping[str, tuple[Indices, Indices]]
 all experts one after another."""
 
 FLOORS = {"gguf": "q6_k", "hf": "int8-channel"}
-"""The least format of a tensor that holds a super weight: the first that leaves nothing to measure
-on the planted model, and a format that engines have kernels for."""
+"""The least format of a tensor that holds a super weight. On the planted model they lose what the
+tensor left as it is loses, and engines have kernels for them."""
 
 
 class Spike(Record):
@@ -210,7 +210,7 @@ def held_out(original: Array, rows: Indices, columns: Indices) -> Array:
     """A copy of the weights [rows, row] with these ones 0, to be rounded in their place.
 
     So the range of the group that they are in is that of its other weights, which then lose no
-    more than those of any group (Yu et al. 2024, section 4, holds them out with the median).
+    more than those of any group.
     """
     found = original.copy()
     found[rows, columns] = 0

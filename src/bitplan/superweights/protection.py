@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from bitplan import formats, metrics, paired
 from bitplan.budget import human
+from bitplan.errors import UsageError
 from bitplan.metrics import Tokens
 from bitplan.runtimes import Array, Runtime
 from bitplan.superweights import (
@@ -56,8 +57,15 @@ def measure_protection(
 
     windows: not those that the super weights were found on. floor: a format, by default that of
     `superweights.floors`. importance: as for `Runtime.rounded`. The model has its own weights
-    again afterwards.
+    again afterwards. Raises UsageError for a format that rounds what weights are multiplied with
+    as well: weights that are kept would still meet rounded inputs, which is not measured.
     """
+    scheme = formats.get(low).scheme
+    if scheme is not None and scheme.activations:
+        raise UsageError(
+            f"{low}: rounds activations as well, so what protecting weights gains is not measured"
+            " in it; take a format of weights alone, such as int8-channel."
+        )
     ways = _ways(found, model.units(), formats.get(low).name, floor)
     tokens = _measured(model, windows, ways, importance or {}, progress)
     plain, units = tokens[0], model.units()

@@ -173,14 +173,22 @@ class StreamedModel(HfModel):
     ) -> None:
         """As on `HfModel`, for weights that are in memory: those outside the blocks, and those of
         the block that a walk has come to. Raises RuntimeFailure for others."""
+        self._check_there(assignment)
+        super().hold(assignment, importance)
+
+    def put(self, tensor: str, values: Array) -> None:
+        """As on `HfModel`, for weights that are in memory. Raises RuntimeFailure for others."""
+        self._check_there([tensor])
+        super().put(tensor, values)
+
+    def _check_there(self, names: Iterable[str]) -> None:
         there = self.weights.places()
-        away = [n for n in assignment if n in there and there[n][1].is_meta]
+        away = [n for n in names if n in there and there[n][1].is_meta]
         if away:
             raise RuntimeFailure(
                 f"{away[0]}: is not in memory; a model that is opened block by block is rounded"
                 " within a walk, when its block is there."
             )
-        super().hold(assignment, importance)
 
     def original(self, tensor: str, most_rows: int | None = None) -> tuple[Array, int]:
         """The reference's weights [rows, row] in float32, and how many matrices (experts)."""
