@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 torch: Any = pytest.importorskip("torch")
@@ -117,6 +117,7 @@ def test_one_row_of_four_against_all_256_answers() -> None:
     assert least < lost < least + 0.5 * (nearest - least)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(NAMES), st.sampled_from(DTYPES), st.integers(0, 99))
 def test_unlinked_inputs_leave_nothing_to_make_up(name: str, dtype: torch.dtype, seed: int) -> None:
     """To be exact: rounding in float32, with the scales that the dtype holds."""
@@ -134,6 +135,7 @@ def test_unlinked_inputs_leave_nothing_to_make_up(name: str, dtype: torch.dtype,
         assert torch.equal(found.weights(), rtn.weights())
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 9), st.integers(2, 40), st.integers(1, 60), st.sampled_from([0.001, 0.01, 1]),
        st.integers(0, 99))  # fmt: skip
 def test_the_error_is_the_sum_over_the_steps(
@@ -168,6 +170,7 @@ def test_the_error_is_the_sum_over_the_steps(
     assert torch.allclose(lower @ lower.T, own, rtol=0, atol=1e-5 * float(own.diagonal().max()))
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(NAMES), st.integers(1, 70), st.booleans(), st.sampled_from(DTYPES),
        st.integers(0, 99))  # fmt: skip
 def test_blocks_change_nothing(
@@ -184,6 +187,7 @@ def test_blocks_change_nothing(
     assert least <= one.values.float().min() <= one.values.float().max() <= most
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(["int2-channel", "int4-channel-asym", "int8-tensor"]), st.integers(0, 99))
 def test_columns_in_another_order_are_the_same_columns(name: str, seed: int) -> None:
     """And so are inputs in another unit."""

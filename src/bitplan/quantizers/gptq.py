@@ -155,9 +155,9 @@ def _searched(weights: torch.Tensor, scheme: Scheme, gram: torch.Tensor) -> Grid
 def compensated(weights: torch.Tensor, factor: Factor, hold: Hold, block: int) -> torch.Tensor:
     """W - Q, [row, rows] in the factor's order, where `hold(step, wanted)` stored Q.
 
-    weights: float32 [row, rows], in the factor's order; steps count down from the last column.
+    weights: [row, rows], in the factor's order; steps count down from the last column.
     """
-    wanted = weights.clone()  # of a column that was taken: its error
+    wanted = weights.to(torch.float32, copy=True)  # of a column that was taken: its error
 
     def take(first: int, end: int) -> None:
         if end - first > block:
@@ -180,14 +180,14 @@ def compensated(weights: torch.Tensor, factor: Factor, hold: Hold, block: int) -
 def _chosen(weights: torch.Tensor, on: Grid, factor: Factor, block: int) -> Integers:
     scheme, order = on.scheme, factor.order
     least, most = integers.limits(scheme)
-    columns = weights.T[order].float()
+    columns = weights.T[order]
     columns[factor.dead[order]] = 0
     group = order // scheme.group if scheme.strategy == "group" else torch.zeros_like(order)
     scales, zeros = (t.float().T.contiguous().expand(-1, len(weights)) for t in (on.scale, on.zero))
     places = group.tolist()
     kind = torch.float8_e4m3fn if scheme.e4m3 else torch.int8
     numbers = torch.empty(columns.shape, dtype=kind, device=weights.device)
-    held = torch.empty_like(columns[0])
+    held = torch.empty_like(columns[0], dtype=torch.float32)
 
     def hold(step: int, wanted: torch.Tensor) -> torch.Tensor:
         scale, zero = scales[places[step]], zeros[places[step]]

@@ -234,7 +234,7 @@ def _stored(
     scales, zeros = (s.values().T.contiguous() for s in (scale, zero))
     divisors = scales.clamp(min=torch.finfo(torch.float32).tiny)
     order = factor.order if factor else torch.arange(weights.shape[1], device=weights.device)
-    columns, kept = weights.T[order].float(), outliers.T[order]
+    columns, kept = weights.T[order], outliers.T[order]
     places, most = (order // SPQR_GROUP).tolist(), 2**scheme.bits - 1
     numbers = torch.empty(columns.shape, dtype=torch.uint8, device=weights.device)
     values = torch.empty(columns.shape, dtype=half, device=weights.device)
@@ -251,7 +251,7 @@ def _stored(
         compensated(columns, factor, hold, block)
     else:
         for step, column in enumerate(columns):
-            hold(step, column)
+            hold(step, column.float())
     back = order.argsort()
     numbers, values = numbers[back].T.contiguous(), values[back].T
     return Sparse(scheme, numbers, scale, zero, outliers, values[outliers], weights.dtype)
