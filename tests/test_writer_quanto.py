@@ -250,6 +250,25 @@ def test_a_row_of_zeros_in_qfloat8_is_told(tmp_path: Path, llama: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize(
+    ("most", "fmt", "refused"),
+    [(65504, "qint2", True), (40000, "qint4", True), (30000, "qint4", False),
+     (40000, "qint8", False)],
+)  # fmt: skip
+def test_values_near_the_end_of_float16(most: float, fmt: str, refused: bool) -> None:
+    """Refused where the rounding in memory is; of those that are not, scales alone cannot tell."""
+    weight = torch.linspace(-most, most, 8 * 64).to(torch.float16).reshape(8, 64)
+    weight = torch.cat([weight, -weight], dim=1)  # every row has a wide range
+    if refused:
+        with pytest.raises(ModelFileError, match="holds? NaN"):
+            rounding.rounded(weight, formats.get(fmt))
+        with pytest.raises(ModelFileError, match=f"a.weight rounded to {fmt} holds NaN"):
+            quanto.quantized(weight, formats.get(fmt), "a.weight")
+    else:
+        assert rounding.rounded(weight, formats.get(fmt)).isfinite().all()
+        assert quanto.quantized(weight, formats.get(fmt), "a.weight")
+
+
 def test_a_crash_in_the_middle_leaves_nothing(tmp_path: Path, llama: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "out.partial").mkdir()  # of a run that was killed
