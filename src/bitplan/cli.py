@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitplan import cli_auto, cli_imatrix, cli_study, cli_super, console
+from bitplan import cli_auto, cli_imatrix, cli_quantize, cli_study, cli_super, console
 from bitplan import options as o
 from bitplan.errors import BitplanError
 from bitplan.version import __version__
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command("auto")(cli_auto.auto)
 app.command("demo")(cli_auto.demo)
+app.command("quantize")(cli_quantize.quantize)
 app.command("super-weights")(cli_super.super_weights)
 app.add_typer(cli_imatrix.app, name="imatrix")
 app.add_typer(cli_study.app, name="study")
@@ -123,52 +124,6 @@ def plan(
     result = stage.make(table, budget, pins=o.rules(keep, "--keep"), floors=floors)
     result.save(out or sensitivity.with_name("plan.json"))
     console.show(summary.of_plan(result), result.dumps(), as_json, quiet)
-
-
-@app.command()
-def quantize(
-    model: o.Model,
-    plan: Annotated[Path, typer.Option(help="plan.json", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="The file. [default: beside plan.json]")] = None,
-    imatrix: Annotated[
-        Path | None, typer.Option(help="[default: imatrix.gguf beside plan.json]")
-    ] = None,
-    threads: o.Threads = 0,
-    allow_requantize: o.Requantize = False,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
-) -> None:
-    """Write the planned model, checked tensor by tensor -> a .gguf file and quantized.json.
-
-    `bitplan quantize model-f16.gguf --plan plan.json`
-    """
-    from bitplan import quantize as stage
-    from bitplan.artifacts import Plan, load
-    from bitplan.budget import human
-
-    chosen = load(plan, Plan)
-    path = o.located(model)
-    beside = plan.with_name("imatrix.gguf")
-    matrix = imatrix or (beside if chosen.imatrix and beside.exists() else None)
-    target = out or plan.with_name(f"{path.stem}-{chosen.bpw:.2f}bpw.gguf")
-    with console.progress(quiet or as_json) as report:
-        result = stage.run(
-            path,
-            chosen,
-            target,
-            matrix=matrix,
-            threads=threads,
-            allow_requantize=allow_requantize,
-            progress=report,
-        )
-    lines = [
-        f"{target}: {human(result.bytes, exact=True)}, {result.bpw:.3f} bits per weight; every"
-        " tensor is as planned.",
-        "The same with llama.cpp's own tool:",
-        result.command,
-    ]
-    console.show("\n".join(lines), result.dumps(), as_json, quiet)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 The model is read and quantized one block at a time, so it may be larger than memory. Each block is
 on disk (OUT.blocks) before the next one starts; a run that was killed goes on there and ends in the
-same bytes.
+same bytes. quanto's formats go to quanto's writer, integers to that of compressed-tensors.
 """
 
 from __future__ import annotations
@@ -11,112 +11,162 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from bitplan import formats, identity
+from bitplan import formats, identity, options
 from bitplan.artifacts import ModelFacts, Origin, Quantized, schema_of
 from bitplan.errors import UsageError
 from bitplan.quantizers import Method
-from bitplan.runtimes.hf import StreamedModel, blockwise
+from bitplan.runtimes.hf import StreamedModel, blockwise, undoing
+from bitplan.setting import Setting
 from bitplan.text import Windows
 
 Progress = Callable[[str, int, int], None]
 
 
-def run(
-    model: StreamedModel,
-    facts: ModelFacts,
-    types: Mapping[str, str],
-    out: Path,
-    method: Method,
-    windows: Windows | None = None,
-    *,
-    odd_bits: bool = False,
-    fresh: bool = False,
-    parents: Mapping[str, str] | None = None,
-    beside: Mapping[str, str] | None = None,
-    progress: Progress = lambda *_: None,
-) -> Quantized:
-    """Write the folder OUT, with these formats (weight -> format) chosen by `method`.
+@dataclass(frozen=True)
+class Order:
+    """What is to be written."""
 
-    model: open block by block, for the engine that the folder is for; its weights outside the
-    blocks are quantized in place, so it serves once. windows: calibration text; needed where the
-    method looks. beside: more files of text for the folder. Raises UsageError for what cannot be
-    written and when OUT exists, ArtifactError where OUT.blocks holds other work, and what the
-    writer raises.
+    source: Path
+    """A folder of safetensors."""
+    types: Mapping[str, str]
+    """Weight -> format; others, and those of their own format, stay as they are."""
+    out: Path
+    method: Method = field(default_factory=Method)
+    setting: Setting = field(default_factory=Setting)
+    """`engine`, `text` and `imatrix_windows` of it, `fresh`, and how the source is opened."""
+    odd_bits: bool = False
+    """Also 3, 5, 6 and 7 bits."""
+    parents: Mapping[str, str] = field(default_factory=dict)
+    """More that the result was made from, by content hash."""
+
+    @property
+    def quantized(self) -> dict[str, str]:
+        return {n: f for n, f in self.types.items() if formats.get(f).scheme}
+
+    @property
+    def by_quanto(self) -> bool:
+        """Raises UsageError for formats of different writers, and for none."""
+        kinds = {s.kind for f in set(self.quantized.values()) if (s := formats.get(f).scheme)}
+        if not kinds:
+            raise UsageError("no weight is to be quantized; choose formats such as int4-g128.")
+        if "quanto" in kinds and len(kinds) > 1:
+            names = ", ".join(sorted(set(self.quantized.values())))
+            raise UsageError(f"no one folder holds {names}: choose quanto's formats, or integers.")
+        return "quanto" in kinds
+
+
+def run(order: Order, facts: ModelFacts, progress: Progress = lambda *_: None) -> Quantized:
+    """Write the folder OUT, and quantized.json beside it.
+
+    facts: of the source. Raises UsageError for what cannot be written, and when OUT exists,
+    ArtifactError where OUT.blocks holds other work, and what the writers raise.
     """
-    from bitplan.writers import blocks, compressed_tensors, folder
+    from bitplan.writers import folder
 
-    wanted = {n: f for n, f in types.items() if formats.get(f).scheme}
-    folder.check_free(out)
-    compressed_tensors.check(model.layout, types, odd_bits=odd_bits)
-    if not wanted:
-        raise UsageError("no weight is to be quantized; choose integers such as int4-g128.")
-    stages = out.with_name(out.name + ".blocks")
-    if fresh:
-        shutil.rmtree(stages, ignore_errors=True)
-    origin = _origin(model, facts, wanted, method, windows, parents or {})
-    kept = blocks.Blocks(stages, origin.model_dump(), model.shards, wanted)
-    schemes = {n: s for n, f in wanted.items() if (s := formats.get(f).scheme)}
-    rows = windows.tokens if windows else np.empty((0, model.ctx), np.int32)
-    total = model.layout.count + 2
-    progress(method.name, 0, total)
-    for block in blockwise.quantized(model, rows, schemes, method, kept.known):
-        if kept.known(block.layer) is None:
-            kept.add(block)
-        progress(method.name, block.layer + 2, total)
-    nbytes = compressed_tensors.write(
-        model.checkpoint, model.layout, model.shards, wanted, kept.get, out, beside=beside,
-        progress=progress,
-    )  # fmt: skip
-    result = _record(out, {**types}, nbytes, facts, origin, method, model.layout.engine)
-    result.save(out.with_name("quantized.json"))
-    kept.forget()
+    folder.check_free(order.out)
+    written = _by_quanto if order.by_quanto else _compressed
+    origin, nbytes = written(order, facts, progress)
+    weights = sorted(order.out.glob("*.safetensors"))
+    result = Quantized(
+        schema=schema_of(Quantized),
+        origin=origin,
+        file=order.out.name,
+        sha256=identity.sha256((*weights, order.out / "config.json")),
+        bytes=nbytes,
+        bpw=8 * nbytes / facts.weights,
+        tensors=dict(order.types),
+        command="",
+        method=order.method.name,
+        engine="transformers" if order.by_quanto else order.setting.engine,
+    )
+    result.save(order.out.with_name("quantized.json"))
     return result
 
 
+def _by_quanto(order: Order, facts: ModelFacts, progress: Progress) -> tuple[Origin, int]:
+    from bitplan.writers import quanto
+
+    if order.method != Method():
+        raise UsageError(
+            f"--method {order.method.name}: quanto's formats are rounded to nearest, by"
+            " optimum-quanto itself; choose integers such as int4-g128, or --method rtn."
+        )
+    trust = order.setting.trust_remote_code
+    nbytes = quanto.write(order.source, order.quantized, order.out, trust=trust, progress=progress)
+    return _origin(order, facts, "optimum-quanto", {}), nbytes
+
+
+def _compressed(order: Order, facts: ModelFacts, progress: Progress) -> tuple[Origin, int]:
+    """The stages one after another, then the folder."""
+    from bitplan.writers import blocks, compressed_tensors
+
+    s, method, wanted = order.setting, order.method, order.quantized
+    with opened(order) as model:
+        compressed_tensors.check(model.layout, order.types, odd_bits=order.odd_bits)
+        windows = _windows(model, order)
+        text = {"text": windows.facts.sha256} if windows else {}
+        origin = _origin(order, facts, "compressed-tensors", text, model)
+        stages = order.out.with_name(order.out.name + ".blocks")
+        if s.fresh:
+            shutil.rmtree(stages, ignore_errors=True)
+        kept = blocks.Blocks(stages, origin.model_dump(), model.shards, wanted)
+        schemes = {n: x for n, f in wanted.items() if (x := formats.get(f).scheme)}
+        rows = windows.tokens if windows else np.empty((0, s.ctx), np.int32)
+        total = model.layout.count + 2
+        progress(method.name, 0, total)
+        for block in blockwise.quantized(model, rows, schemes, method, kept.known):
+            kept.add(block)
+            progress(method.name, block.layer + 2, total)
+        nbytes = compressed_tensors.write(
+            model.checkpoint, model.layout, model.shards, wanted, kept.get, order.out,
+            progress=progress,
+        )  # fmt: skip
+        undoing.write(order.out, kept.scales())
+        kept.forget()
+    return origin, nbytes
+
+
+def opened(order: Order) -> StreamedModel:
+    """The source, block by block."""
+    import torch
+
+    s = order.setting
+    dtype = None if s.dtype == "auto" else getattr(torch, s.dtype)
+    return StreamedModel(
+        order.source, ctx=s.ctx, threads=s.threads, device=s.device, dtype=dtype,
+        trust=s.trust_remote_code, engine=s.engine,
+    )  # fmt: skip
+
+
+def _windows(model: StreamedModel, order: Order) -> Windows | None:
+    """Of the calibration text; None where the method does not look."""
+    if not order.method.looks:
+        return None
+    return options.cut(model, order.setting.text, "calibration", order.setting.imatrix_windows)
+
+
 def _origin(
-    model: StreamedModel,
+    order: Order,
     facts: ModelFacts,
-    types: Mapping[str, str],
-    method: Method,
-    windows: Windows | None,
-    parents: Mapping[str, str],
+    library: str,
+    text: Mapping[str, str],
+    model: StreamedModel | None = None,
 ) -> Origin:
     """Everything that decides what is written."""
-    import compressed_tensors
-
-    chosen = hashlib.sha256(json.dumps(dict(types), sort_keys=True).encode()).hexdigest()
-    text = windows.facts.sha256 if windows and method.looks else ""
+    chosen = hashlib.sha256(json.dumps(order.quantized, sort_keys=True).encode()).hexdigest()
+    engine = f"{model.engine}, " if model else ""
+    settings: dict[str, Any] = {"method": asdict(order.method), "for": order.setting.engine}
+    if model:
+        settings |= {"threads": model.threads, "device": model.device}
     return Origin(
-        engine=f"{model.engine}, compressed-tensors {compressed_tensors.__version__}",
-        parents={"model": facts.sha256, "text": text, "formats": chosen, **parents},
-        settings={
-            "method": asdict(method),
-            "threads": model.threads,
-            "device": model.device,
-            "engine": model.layout.engine,
-        },
-    )
-
-
-def _record(
-    out: Path, types: Mapping[str, str], nbytes: int, facts: ModelFacts, origin: Origin,
-    method: Method, engine: str,
-) -> Quantized:  # fmt: skip
-    weights = sorted(out.glob("*.safetensors"))
-    return Quantized(
-        schema=schema_of(Quantized),
-        origin=origin,
-        file=out.name,
-        sha256=identity.sha256((*weights, out / "config.json")),
-        bytes=nbytes,
-        bpw=8 * nbytes / facts.weights,
-        tensors=dict(types),
-        command="",
-        method=method.name,
-        engine=engine,
+        engine=f"{engine}{library} {metadata.version(library)}",
+        parents={"model": facts.sha256, "formats": chosen, **text, **order.parents},
+        settings=settings,
     )

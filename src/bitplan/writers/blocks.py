@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,6 +25,7 @@ from bitplan.errors import ArtifactError
 from bitplan.quantizers.integers import Integers
 from bitplan.runtimes.hf.blockwise import Block
 from bitplan.runtimes.hf.shards import Shards
+from bitplan.runtimes.hf.undoing import COLUMNS, ROWS
 from bitplan.schemes import Scheme
 from bitplan.writers.packed import packed, unpacked
 
@@ -56,13 +59,19 @@ class Blocks:
         return self._folder / f"stage-{layer + 1:04}.safetensors"
 
     def add(self, block: Block) -> None:
-        """Keep a stage; on disk when this returns. Raises ArtifactError."""
+        """Keep a stage, unless it is kept already; on disk when this returns.
+
+        Raises ArtifactError.
+        """
+        if self._path(block.layer).exists():
+            return
         found: dict[str, torch.Tensor] = {}
         for name, numbers in block.integers.items():
             module = self._names[name].removesuffix("weight")
             found |= {module + part: values for part, values in packed(numbers).items()}
         for name, values in block.changed.items():
             found[self._names[name]] = values.to(self._dtype(name)).cpu().contiguous()
+        found |= {name: scale.float().cpu().clone() for name, scale in block.scales.items()}
         partial = self._path(block.layer).with_suffix(".partial")
         try:
             save_file(found, partial)
@@ -91,7 +100,17 @@ class Blocks:
             if mine:
                 integers[name] = unpacked(mine, scheme)
         names = {stored_as: name for name, stored_as in self._names.items()}
-        return Block(layer, integers, {names[k]: v for k, v in stored.items()})
+        scales = {n: stored.pop(n) for n in [*stored] if _is_scale(n)}
+        return Block(layer, integers, {names[k]: v for k, v in stored.items()}, scales)
+
+    def scales(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Of all stages: see `undoing`."""
+        found = {}
+        for name in filter(_is_scale, self._places):
+            values = self.get(name)
+            if values is not None:
+                found[name] = np.asarray(values.numpy(), np.float32)
+        return found
 
     def get(self, name: str) -> torch.Tensor | None:
         """A tensor of the finished files; None for one that quantizing left alone."""
@@ -113,6 +132,10 @@ class Blocks:
     def forget(self) -> None:
         """The model is written: the stages go."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _is_scale(name: str) -> bool:
+    return name.startswith((COLUMNS, ROWS))
 
 
 def _scheme(name: str) -> Scheme:

@@ -68,7 +68,11 @@ def copy_beside(source: Path, target: Path) -> None:
 
 
 def write_json(path: Path, what: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(what, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(what), encoding="utf-8")
+
+
+def json_text(what: Mapping[str, Any]) -> str:
+    return json.dumps(what, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_index(folder: Path, files: Mapping[str, Sequence[Entry]]) -> None:

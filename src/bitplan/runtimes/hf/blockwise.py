@@ -37,6 +37,8 @@ class Block:
     """Weight, as the layout names it -> its numbers, [.., rows, row]."""
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     """Other parameters of the stage that scaling changed, as the model names them."""
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By how much columns and rows were scaled: see `undoing`."""
 
 
 def quantized(
@@ -84,12 +86,12 @@ def _made(model: StreamedModel, step: Step, wanted: Mapping[str, Scheme], method
         return Block(step.layer)
     grams = _watched(model, step, names)
     seen = [n for n in names if n in grams]
-    changed = {}
+    changed, scales = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     if method.scaling:
-        changed = scaling.apply(model, step, {n: wanted[n] for n in seen}, grams, method)
+        changed, scales = scaling.apply(model, step, {n: wanted[n] for n in seen}, grams, method)
     due = names if step.layer >= 0 else seen  # outside the blocks: where they are multiplied with
     integers = {n: _rounded(model.stored(n), wanted[n], grams, n, method) for n in due}
-    return Block(step.layer, integers, changed)
+    return Block(step.layer, integers, changed, scales)
 
 
 def _watched(model: StreamedModel, step: Step, names: Iterable[str]) -> Grams:
@@ -110,6 +112,6 @@ def _rounded(
     gram = grams.mean(name, len(weights) if weights.dim() == 3 else 0)
     if method.rounding == "gptq":
         return gptq(weights, scheme, gram)
-    if method.scaling == "awq" and scheme.bits < awq.CLIPPED_BITS and weights.dim() == 2:
-        return nearest(weights, awq.clip(weights, scheme, gram))
+    if method.scaling == "awq" and weights.dim() == 2:
+        return nearest(weights, awq.grid(weights, scheme, gram))
     return rtn(weights, scheme)

@@ -16,21 +16,24 @@ from bitplan.runtimes.hf import folding
 from bitplan.runtimes.hf.folding import Fold
 from bitplan.runtimes.hf.grams import Grams, Sums
 from bitplan.runtimes.hf.streamed import StreamedModel
+from bitplan.runtimes.hf.undoing import COLUMNS, ROWS
 from bitplan.runtimes.hf.walk import Step
 from bitplan.schemes import Scheme
 
 
 def apply(
     model: StreamedModel, step: Step, wanted: Mapping[str, Scheme], grams: Grams, method: Method
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Scale what can be scaled; the grams become those of the scaled inputs.
 
     wanted: weight -> scheme, of those that will be rounded. Returns the other parameters that
-    changed, by name: norms, biases, weights that stay in floats. Only blocks have folds.
+    changed, by name: norms, biases, weights that stay in floats; and the scales, see `undoing`.
+    Only blocks have folds.
     """
-    if not 0 <= step.layer < model.layout.count:
-        return {}
     changed: dict[str, torch.Tensor] = {}
+    scales: dict[str, torch.Tensor] = {}
+    if not 0 <= step.layer < model.layout.count:
+        return changed, scales
     run = functools.partial(step.run, 0)
     for fold in folding.find(model.model, model.layout, step.layer, run):
         watched = next((n for n in fold.weights if n in grams), None)
@@ -40,7 +43,16 @@ def apply(
         folding.apply(model.model, model.layout, fold, scale)
         grams.of(watched).divide(scale)
         changed |= {p: _stored(model, p) for p in fold.parameters if p not in wanted}
-    return changed
+        scales |= {COLUMNS + name: scale for name in fold.weights}
+        if not _after_norm(model, fold):
+            scales[ROWS + fold.source.weight] = _rows(model, fold, scale)
+    return changed, scales
+
+
+def _rows(model: StreamedModel, fold: Fold, scale: torch.Tensor) -> torch.Tensor:
+    """What the rows of a fold's source were divided by, [rows]."""
+    rows = model.layout.weights[fold.source.weight].tensor.shape[-2]
+    return torch.ones(rows).index_copy_(0, fold.source.rows.cpu(), scale.float().cpu())
 
 
 def _after_norm(model: StreamedModel, fold: Fold) -> bool:

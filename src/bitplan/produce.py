@@ -1,0 +1,147 @@
+"""A folder of safetensors is quantized, and told what it is worth: all of `bitplan quantize DIR`.
+
+Reads a folder and a plan (or one format for all); writes the quantized folder with its model card,
+and beside it quantized.json and quality.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bitplan import files, formats, quality, quantize_hf, summary_quality, units
+from bitplan.artifacts import Plan, Quantized
+from bitplan.budget import human
+from bitplan.errors import ArtifactError
+from bitplan.quality import Quality
+from bitplan.quantize_hf import Order
+from bitplan.quantizers import Method
+from bitplan.runtimes.hf import HfModel, undoing
+from bitplan.runtimes.hf.written import WrittenModel
+from bitplan.setting import Setting
+from bitplan.sources.hf import HfSource
+from bitplan.subject import Subject
+from bitplan.superweights import spikes
+from bitplan.text import Windows
+from bitplan.writers import card
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asked for."""
+
+    path: Path
+    out: Path
+    plan: Plan | None
+    format: str
+    """For all linear layers, where there is no plan."""
+    method: Method
+    setting: Setting
+    odd_bits: bool = False
+    judge: bool = True
+    """Measure what was written."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of it."""
+
+    quantized: Quantized
+    quality: Quality | None
+    folder: Path
+    why: str = ""
+    """Why its quality is not known."""
+
+    @property
+    def summary(self) -> str:
+        """For people."""
+        q = self.quantized
+        head = (
+            f"{self.folder}: {human(q.bytes, exact=True)}, {q.bpw:.3f} bits per weight; every"
+            " tensor is as planned."
+        )
+        told = summary_quality.of_quality(self.quality) if self.quality else self.why
+        return f"{head}\n\n{told}" if told else head
+
+    def document(self) -> dict[str, Any]:
+        """For programs."""
+        judged = json.loads(self.quality.dumps()) if self.quality else None
+        return {"quantized": json.loads(self.quantized.dumps()), "quality": judged}
+
+
+def run(wanted: Wanted, progress: Progress = lambda *_: None) -> Made:
+    """Write the folder and judge it. Raises what the stages raise, as early as possible."""
+    setting = wanted.setting
+    if wanted.format and _is_quanto(wanted.format):
+        setting = replace(setting, engine="transformers")
+    scratch = wanted.out.parent
+    with Subject(wanted.path, scratch, setting, progress) as subject:
+        source = subject.source
+        assert isinstance(source, HfSource)
+        order = Order(
+            wanted.path, types_of(source, wanted), wanted.out, wanted.method, setting,
+            wanted.odd_bits, _parents(wanted),
+        )  # fmt: skip
+        made = quantize_hf.run(order, subject.facts, progress)
+        if not wanted.judge or source.streamed:
+            why = "It is larger than memory, so its quality was not measured."
+            _write_card(wanted.out, card.text(made, subject.facts, None))
+            return Made(made, None, wanted.out, why if source.streamed else "")
+        model = subject.model
+        assert isinstance(model, HfModel)
+        found = judged(model, wanted.out, made, subject.held_out, subject.calibration, progress)
+    return Made(made, found, wanted.out)
+
+
+def judged(
+    reference: HfModel,
+    folder: Path,
+    made: Quantized,
+    held_out: Windows,
+    calibration: Windows,
+    progress: Progress = lambda *_: None,
+) -> Quality:
+    """The quality of a written folder: quality.json beside it, its model card in it."""
+    seen, _ = spikes.find(reference, calibration.tokens[:1], progress=progress)
+    with reference.beside(folder) as candidate:
+        assert isinstance(candidate, WrittenModel)
+        found = quality.run(
+            reference, candidate, held_out,
+            weights=undoing.weights(candidate, folder), calibration=calibration,
+            super_weights=[(s.tensor, s.row, s.column) for s in seen], name=folder.name,
+            parents={"quantized": made.hash()}, progress=progress,
+        )  # fmt: skip
+    found.save(folder.with_name("quality.json"))
+    _write_card(folder, card.text(made, reference.facts, found))
+    return found
+
+
+def _write_card(folder: Path, text: str) -> None:
+    files.write_text(folder / "README.md", text)
+
+
+def types_of(source: HfSource, wanted: Wanted) -> dict[str, str]:
+    """Weight -> format. Raises ArtifactError for the plan of another model, UnknownNameError."""
+    if wanted.plan is None:
+        return units.everywhere(source.units(), wanted.format)
+    if wanted.plan.model.sha256 != source.facts.sha256:
+        raise ArtifactError(
+            f"the plan was made for another model ({wanted.plan.model.name}, sha256"
+            f" {wanted.plan.model.sha256[:12]}), not for {wanted.path}"
+            f" ({source.facts.sha256[:12]}); plan again."
+        )
+    return dict(wanted.plan.tensors)
+
+
+def _parents(wanted: Wanted) -> Mapping[str, str]:
+    return {"plan": wanted.plan.hash()} if wanted.plan else {}
+
+
+def _is_quanto(name: str) -> bool:
+    scheme = formats.get(name).scheme
+    return scheme is not None and scheme.kind == "quanto"

@@ -1,0 +1,49 @@
+"""Scales of columns and rows that a writer put into weights, kept beside them, and taken out again.
+
+A folder whose columns were scaled (AWQ, SmoothQuant) computes what the reference does, but its
+weights are other ones. `SCALES` in the folder says by how much, so that errors of weights can be
+told. Reads and writes that file.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from bitplan.files import write_bytes
+from bitplan.runtimes.hf.written import WrittenModel
+
+SCALES = "column_scales.npz"
+COLUMNS, ROWS = "columns:", "rows:"
+"""Before a weight's name: its columns were multiplied by this [row], its rows divided [rows]."""
+
+Array = npt.NDArray[np.float32]
+
+
+def write(folder: Path, scales: Mapping[str, Array]) -> None:
+    """Keep the scales of a folder; nothing where there are none. Raises ArtifactError."""
+    if scales:
+        held = io.BytesIO()
+        np.savez(held, **scales)  # type: ignore[arg-type]
+        write_bytes(folder / SCALES, held.getvalue())
+
+
+def weights(model: WrittenModel, folder: Path) -> Callable[[str], Array]:
+    """Name of a weight -> what it stands for in the reference, [rows, row] float32."""
+    there = folder / SCALES
+    scales: Mapping[str, Array] = {}
+    if there.exists():
+        with np.load(there, allow_pickle=False) as file:
+            scales = {name: file[name] for name in file.files}
+
+    def plain(name: str) -> Array:
+        found, _ = model.original(name)
+        columns, rows = scales.get(COLUMNS + name), scales.get(ROWS + name)
+        found = found if columns is None else found / columns
+        return found if rows is None else found * rows[:, None]
+
+    return plain
