@@ -418,6 +418,27 @@ def test_what_quanto_would_leave_unset_is_refused(
         opened(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.layers.0.mlp.up_proj.weight._shift", lambda a: a[:1]),
+        ("model.layers.0.mlp.up_proj.weight._scale", lambda a: a.reshape(1, -1)),
+        ("model.layers.1.mlp.up_proj.weight._scale", lambda a: a[:1]),
+        ("model.layers.1.self_attn.k_proj.weight._data", lambda a: a.T.copy()),
+        ("model.layers.2.mlp.up_proj.weight._scale", lambda a: a.astype(np.float16)),
+    ],
+)
+def test_what_quanto_would_repeat_or_turn_is_refused(
+    regrouped: Path, tmp_path: Path, name: str, change: Callable[[Any], Any]
+) -> None:
+    path = Path(shutil.copytree(regrouped, tmp_path / "q"))
+    tensors = load_file(path / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BitplanError, match=name.replace(".", "[.]")):
+        opened(path)
+
+
 def test_a_map_that_is_no_quantos_is_refused(regrouped: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(regrouped, tmp_path / "q"))
     told = json.loads((path / "quanto_qmap.json").read_text())

@@ -10,18 +10,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from bitplan import written
-from bitplan.errors import ModelFileError, RuntimeFailure
+from bitplan import stored, written
+from bitplan.errors import BitplanError, ModelFileError, RuntimeFailure, UsageError
 from bitplan.runtimes.hf import opening, walk
 from bitplan.written import Written
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def load(
@@ -32,8 +33,13 @@ def load(
     Raises ModelFileError, RuntimeFailure where the library that it needs is not installed.
     """
     of = _quanto if there.method == written.QUANTO else _compressed
-    model = of(there, device, dtype or _dtype(there), trust)
-    _check_weights(there, model)
+    try:
+        model = of(there, device, dtype or _dtype(there), trust)
+        _check_weights(there, model)
+    except BitplanError:
+        raise
+    except Exception as error:  # what goes wrong is up to the file
+        raise opening.unknown(there, error) from None
     return model
 
 
@@ -103,21 +109,43 @@ def _quanto(there: Written, device: torch.device, dtype: torch.dtype, trust: boo
     state: dict[str, torch.Tensor] = {}
     for shard in there.shards:
         state |= load_file(shard)
-    stored = {*state, *(t.name for t in there.quantized)}
+    known = {*state, *(t.name for t in there.quantized)}
     groups: dict[int, list[str]] = {}
     for name, value in bare.state_dict(keep_vars=True).items():
         groups.setdefault(id(value), []).append(name)  # tied ones are stored once
-    missing = sorted(names[0] for names in groups.values() if not stored & {*names})
+    missing = sorted(names[0] for names in groups.values() if not known & {*names})
     if missing:
         raise opening.lacking(there, missing)
-    try:
-        with _silent(), opening.quiet():
-            model = _hollow(there, dtype, trust)
-            quanto.requantize(model, state, dict(there.qmap), device=device)
-            model.tie_weights()
-    except Exception as error:  # what goes wrong is up to the file
-        raise opening.unknown(there, error) from None
+    _check_parts(there, bare, state, dtype)
+    with _silent(), opening.quiet():
+        model = _hollow(there, dtype, trust)
+        quanto.requantize(model, state, dict(there.qmap), device=device)
+        model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def _check_parts(
+    there: Written, bare: nn.Module, state: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Raises ModelFileError unless what is stored of each weight has the shape and type that quanto
+    gives it: quanto takes others too, and repeats or turns them. UsageError for another dtype."""
+    for tensor in there.quantized:
+        layer: Any = bare.get_submodule(tensor.name.removesuffix(".weight"))
+        shape = (layer.out_features, layer.in_features)
+        for part in stored.parts(tensor.fmt, tensor.name, shape, _WORDS[dtype]):
+            if not part.name.startswith(tensor.name):  # of activations
+                continue
+            values = state[part.name]
+            if part.dtype == _WORDS[dtype] and values.dtype != dtype:
+                raise UsageError(
+                    f"{there.path}: {part.name!r} is {values.dtype}; optimum-quanto runs it in no"
+                    " other type, so leave out --dtype."
+                )
+            if tuple(values.shape) != part.shape:
+                raise ModelFileError(
+                    f"{there.path}: {part.name!r} has the shape {list(values.shape)}, its layer"
+                    f" needs {list(part.shape)}; write the model again."
+                )
 
 
 def _hollow(there: Written, dtype: torch.dtype, trust: bool) -> nn.Module:
