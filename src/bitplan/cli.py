@@ -10,6 +10,7 @@ import typer
 
 from bitplan import cli_auto, cli_imatrix, cli_quantize, cli_study, cli_super, console
 from bitplan import options as o
+from bitplan import options_hf as h
 from bitplan.errors import BitplanError
 from bitplan.version import __version__
 
@@ -47,6 +48,8 @@ def measure(
     no_imatrix: o.NoMatrix = False,
     imatrix_windows: o.MatrixWindows = 32,
     runtime: o.RuntimeName = "auto",
+    method: h.Looking = "rtn",
+    engine: h.MaybeEngine = "",
     gpu_layers: o.GpuLayers = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -70,8 +73,8 @@ def measure(
     setting = Setting(
         text=text, ctx=ctx, windows=windows, imatrix=imatrix, no_imatrix=no_imatrix,
         imatrix_windows=imatrix_windows, gpu_layers=gpu_layers, seed=seed, threads=threads,
-        fresh=fresh, runtime=runtime, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code, stream=stream,
+        fresh=fresh, runtime=runtime, method=method, engine=h.engine(engine), device=device,
+        dtype=dtype, trust_remote_code=trust_remote_code, stream=stream,
     )  # fmt: skip
     wanted = cli_measure.Wanted(scorer, formats, o.grouping(group), probes, full)
     path = o.located(model)

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from bitplan import console, hub
 from bitplan import options as o
+from bitplan import options_hf as h
 from bitplan.errors import UnknownNameError
 
 OWN = "own"
@@ -65,6 +66,7 @@ def common(
     no_imatrix: o.NoMatrix = False,
     imatrix_windows: o.MatrixWindows = 32,
     runtime: o.RuntimeName = "auto",
+    method: h.Looking = "rtn",
     gpu_layers: o.GpuLayers = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",

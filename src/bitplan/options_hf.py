@@ -14,6 +14,13 @@ from bitplan.quantizers import METHODS, Method
 MethodName = Annotated[
     str, typer.Option("--method", help=f"Folders: how numbers are chosen: {', '.join(METHODS)}.")
 ]
+Looking = Annotated[
+    str,
+    typer.Option(
+        "--method", help="hf: how variants are rounded: rtn, gptq, or spqr with formats like"
+        " spqr3-o1.",
+    ),
+]  # fmt: skip
 Alpha = Annotated[
     str, typer.Option(help="SmoothQuant's share of activations, 0 to 1; auto: by layer.")
 ]
@@ -24,6 +31,9 @@ EngineName = Annotated[
         " transformers.",
     ),
 ]  # fmt: skip
+MaybeEngine = Annotated[
+    str, typer.Option("--engine", help="hf: vllm makes what it fuses (q/k/v, gate/up) one unit.")
+]
 OddBits = Annotated[
     bool,
     typer.Option("--odd-bits", help="Allow 3, 5, 6, 7 bits; needs compressed-tensors >= 0.18."),
@@ -31,8 +41,8 @@ OddBits = Annotated[
 
 
 def engine(name: str) -> Engine:
-    """Raises UnknownNameError."""
-    return engines.parse(name)
+    """Empty: for nobody. Raises UnknownNameError."""
+    return engines.parse(name) if name else ""
 
 
 def method(name: str, alpha: str) -> Method:

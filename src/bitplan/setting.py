@@ -35,6 +35,9 @@ class Setting:
     """Of the hf runtime: float32, float16, bfloat16; auto: as stored."""
     engine: Engine = ""
     """What a written hf model is for: decides what must share a format."""
+    method: str = "rtn"
+    """hf: how variants are rounded: to the nearest numbers, or `gptq`. SpQR's formats bring their
+    own method."""
     trust_remote_code: bool = False
     stream: bool | None = None
     """hf: read the model block by block; None: where it would not fit in memory."""

@@ -16,15 +16,18 @@ import numpy.typing as npt
 
 from bitplan import formats, measure, options, sources, units
 from bitplan.artifacts import ModelFacts, Sensitivity
-from bitplan.errors import UsageError
+from bitplan.errors import UnknownNameError, UsageError
 from bitplan.gguf_file import Header
 from bitplan.imatrix import Imatrix
 from bitplan.measure import Progress
-from bitplan.runtimes import Runtime
+from bitplan.runtimes import Looker, Runtime
 from bitplan.setting import Setting
 from bitplan.sources import Source
 from bitplan.text import Windows
 from bitplan.units import Unit
+
+LOOKING = ("gptq", "spqr")
+"""Methods that ask what weights are multiplied with; `spqr` is for its own formats alone."""
 
 EVAL_WINDOWS = 24
 """Windows of text that figures are measured on unless told otherwise."""
@@ -125,8 +128,24 @@ class Subject:
 
     @cached_property
     def model(self) -> Runtime:
+        """Open; where the method is to choose numbers by their inputs, it has seen those."""
         self.check()
-        return self._open.enter_context(self.source.open(self.out))
+        method = self.setting.method
+        if method not in LOOKING and method != "rtn":
+            raise UnknownNameError("method", method, ("rtn", *LOOKING))
+        model = self._open.enter_context(self.source.open(self.out))
+        if method in LOOKING:
+            s = self.setting
+            if not isinstance(model, Looker):
+                raise UsageError(
+                    f"{self.path}: --method {method} is for models that run in PyTorch; leave it"
+                    " out, or add --runtime hf."
+                )
+            windows = options.cut(model, s.text, "calibration", s.imatrix_windows)
+            self.progress(f"{method}: inputs", 0, 1)
+            model.look(windows.tokens, "gptq" if method == "gptq" else "rtn")
+            self.progress(f"{method}: inputs", 1, 1)
+        return model
 
     @cached_property
     def calibration(self) -> Windows:

@@ -192,6 +192,16 @@ class Streaming(Protocol):
 
 
 @runtime_checkable
+class Looker(Protocol):
+    """A runtime that can round weights by what they are multiplied with."""
+
+    def look(self, windows: npt.NDArray[np.int32], method: str = "gptq") -> None:
+        """From now on `hold` and `rounded` choose numbers by the weights' inputs on these windows:
+        integers by GPTQ, or with method `rtn` SpQR's formats alone, which always ask."""
+        ...
+
+
+@runtime_checkable
 class Differentiable(Protocol):
     """A runtime that also gives gradients; PyTorch does, llama.cpp does not."""
 
