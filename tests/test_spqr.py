@@ -76,6 +76,35 @@ def test_the_parts_give_the_weights(
     assert found.values.dtype.itemsize == 2
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scales_and_zeros_are_the_nearest_that_can_be_stored(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Of each group without its outliers; its middle stays the middle of the numbers."""
+    weights, gram = drawn(*shape, 6)
+    found = spqr(weights.to(dtype), scheme_of("spqr3-o4"), gram)
+    scale, zero = spread(found.scale, shape[1]), spread(found.zero, shape[1])
+    bounds = [spread(s, shape[1]) for s in (_steps(found.scale), _steps(found.zero))]
+    values = np.where(found.outliers.numpy(), 0, weights.to(dtype).double().numpy())
+    half = torch.finfo(torch.float16 if dtype == torch.float32 else dtype).eps
+    for c in range(0, shape[1], 16):
+        group = values[:, c : c + 16]
+        low, high = group.min(1).clip(max=0), group.max(1).clip(min=0)
+        own = (high - low) / 7
+        centred = (3.5 - (low + high) / 2 / scale[:, c]).clip(0, 7)
+        # half a step, and what the 16 bits of the least and of seven steps round
+        near = bounds[0][:, c] / 2 + 8 * half * scale[:, c]
+        assert (np.abs(scale[:, c] - own) <= near).all()
+        near = bounds[1][:, c] / 2 + 8 * half * 7
+        assert (np.abs(zero[:, c] - centred) <= near).all()
+
+
+def _steps(stored: Statistic) -> Statistic:
+    """The step alone, as a statistic."""
+    return Statistic(torch.ones_like(stored.numbers), torch.zeros_like(stored.least), stored.step)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.sampled_from(SHAPES), st.sampled_from(["0", "0.1", "1", "2.5"]), st.integers(0, 9))
 def test_bits_and_outliers_are_the_schemes(shape: tuple[int, int], share: str, seed: int) -> None:
