@@ -160,9 +160,7 @@ def fallbacks(subject: Subject, names: Collection[str]) -> list[str]:
     return found
 
 
-_COMPUTED = (
-    "Sizes are those of the files that it would be written to, headers included."
-)
+_COMPUTED = "Sizes are those of the files that it would be written to, headers included."
 
 
 def around(subject: Subject, name: str) -> str:
