@@ -9,6 +9,9 @@ import typer
 
 from bitplan import console
 from bitplan import options as o
+from bitplan import options_hf as h
+from bitplan.errors import UsageError
+from bitplan.setting import Setting
 
 
 def auto(
@@ -38,6 +41,17 @@ def auto(
     ] = "near",
     speed: Annotated[bool, typer.Option(help="Measure speed and memory too.")] = True,
     gpu_layers: o.GpuLayers = 0,
+    method: h.MethodName = "gptq",
+    alpha: h.Alpha = "0.5",
+    engine: h.EngineName = "vllm",
+    odd_bits: h.OddBits = False,
+    protect_super_weights: Annotated[
+        bool, typer.Option(help="Folders: tensors that hold a super weight get 8 bits at least.")
+    ] = False,
+    runtime: o.RuntimeName = "auto",
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.Trust = False,
     seed: o.Seed = 0,
     threads: o.Threads = 0,
     out: o.Out = None,
@@ -47,14 +61,40 @@ def auto(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Everything: measure, plan, quantize, evaluate against every preset that fits, report.
+    """Everything: measure, plan, quantize, evaluate against the simple choices that fit, report.
+
+    A .gguf file becomes a smaller one, against every preset of llama.cpp; a folder of safetensors
+    becomes one for vLLM or transformers, against the best uniform format of the same method.
 
     `bitplan auto model-f16.gguf --size 400MB`
+
+    `bitplan auto MODEL_DIR --bpw 4.25 --method gptq --engine vllm`
     """
+    path = o.located(model)
+    if path.is_dir() or runtime == "hf":
+        if fit is not None:
+            raise UsageError("--fit asks llama.cpp about a .gguf file; give --size or --bpw.")
+        setting = Setting(
+            text=text, eval_text=eval_text or text, ctx=ctx, windows=windows,
+            eval_windows=eval_windows, imatrix_windows=imatrix_windows, seed=seed, threads=threads,
+            fresh=fresh, device=device, dtype=dtype, engine=h.engine(engine),
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        from bitplan import auto_hf
+
+        wanted = auto_hf.Request(
+            path, o.folder(out, path), h.method(method, alpha), setting, size=size, bpw=bpw,
+            max_kl=max_kl, scorer=scorer, formats=formats, group=group, probes=probes, full=full,
+            keep=keep, floor=floor, protect=protect_super_weights, odd_bits=odd_bits,
+        )  # fmt: skip
+        with console.progress(quiet or as_json) as bars:
+            made = auto_hf.run(wanted, bars)
+        console.show(made.summary, made.evaluation.dumps(), as_json, quiet)
+        return
     from bitplan import auto as whole
 
     request = whole.Request(
-        model=o.located(model), size=size, bpw=bpw, fit=fit, fit_ctx=fit_ctx, max_kl=max_kl,
+        model=path, size=size, bpw=bpw, fit=fit, fit_ctx=fit_ctx, max_kl=max_kl,
         text=text, eval_text=eval_text or text, ctx=ctx, windows=windows,
         eval_windows=eval_windows, imatrix_windows=imatrix_windows, scorer=scorer,
         formats=formats, group=group, probes=probes, full=full, keep=keep,
@@ -79,7 +119,6 @@ def demo(
     from bitplan import auto as whole
     from bitplan import demo as builtin
     from bitplan import study, summary_study
-    from bitplan.setting import Setting
     from bitplan.studies import get
     from bitplan.subject import Subject
 

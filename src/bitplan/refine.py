@@ -21,7 +21,7 @@ import numpy.typing as npt
 from bitplan import inference, measured, plan
 from bitplan.artifacts import Plan, Sensitivity
 from bitplan.measured import Place, Work
-from bitplan.runtimes.llamacpp import LlamaModel
+from bitplan.runtimes import Runtime
 from bitplan.text import Windows
 
 Progress = Callable[[str, int, int], None]
@@ -35,7 +35,7 @@ WHOLE = "plan"
 class Bench:
     """What every measurement of a refinement shares."""
 
-    model: LlamaModel
+    model: Runtime
     windows: Windows
     importance: Importance
     place: Place
@@ -53,7 +53,7 @@ class Bench:
 
 
 def run(
-    model: LlamaModel,
+    model: Runtime,
     sensitivity: Sensitivity,
     first: Plan,
     windows: Windows,

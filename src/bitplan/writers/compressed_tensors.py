@@ -77,6 +77,11 @@ def _check_one(layout: Layout, name: str, fmt: Format, odd_bits: bool) -> None:
             f"{name}: is no plain linear layer (nn.Linear), and engines load integers for no other;"
             f" keep it with --keep '{name.removesuffix('.weight')}={weight.tensor.fmt.name}'."
         )
+    if not scheme.symmetric and layout.engine == "transformers":
+        raise UsageError(
+            f"{name}: transformers 5 makes no room for the zero points of {fmt.name} and refuses"
+            f" the folder; choose {fmt.name.removesuffix('-asym')}, or write for --engine vllm."
+        )
     if scheme.bits not in SAFE_BITS and not odd_bits:
         raise UsageError(
             f"{name}: {fmt.name} is packed otherwise by compressed-tensors before 0.18, so older"
