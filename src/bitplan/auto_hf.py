@@ -40,11 +40,12 @@ from bitplan.formats import Format
 from bitplan.measured import Work
 from bitplan.quality import Quality
 from bitplan.quantizers import Method
-from bitplan.runtimes.hf import HfModel, converted
+from bitplan.runtimes.hf import HfModel
 from bitplan.setting import Setting
 from bitplan.sources.hf import HfSource
 from bitplan.subject import Subject
 from bitplan.superweights import search
+from bitplan.writers import converted
 
 Progress = Callable[[str, int, int], None]
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from bitplan.errors import WriteError
 from bitplan.safetensors_layout import PYTORCH, Entry, header, places, size
 
-__all__ = ["Entry", "header", "size", "verify", "write"]
+__all__ = ["Entry", "dtype_of", "header", "size", "verify", "write"]
 
 _DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
@@ -103,7 +103,7 @@ def _fill(
     announced = iter(entries)
     for name, values in tensors:
         entry = next(announced, None)
-        found = (name, _dtype(values), tuple(values.shape))
+        found = (name, dtype_of(values), tuple(values.shape))
         if entry is None or found != (entry.name, entry.dtype, entry.shape):
             due = f"{entry.name} {_told((entry.dtype, entry.shape))}" if entry else "nothing more"
             raise WriteError(
@@ -117,7 +117,8 @@ def _fill(
         raise WriteError(f"{path}: {left.name} was announced and never came; report this.")
 
 
-def _dtype(values: Any) -> str:
+def dtype_of(values: Any) -> str:
+    """Its type in the format's word."""
     numpys = isinstance(values, np.ndarray)
     name = values.dtype.name if numpys else str(values.dtype).removeprefix("torch.")
     return _DTYPES.get(name, name)

@@ -6,13 +6,15 @@ again by the file's content.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 
 from bitplan import gguf_file, identity
-from bitplan.runtimes.hf import opening
-from bitplan.writers import folder
+from bitplan.checkpoint_files import SINGLE
+from bitplan.safetensors_layout import Entry
+from bitplan.writers import folder, safetensors, supply
 
 _MARK = "bitplan-source.json"
 _HALF = {"f16": torch.float16, "bf16": torch.bfloat16}
@@ -26,15 +28,15 @@ def folder_of(path: Path, out: Path) -> Path:
     """
     header = gguf_file.read(path)
     target = out / f"{path.stem}-hf"
-    mark = folder.json_text({"sha256": identity.sha256(header.shards)})
-    there = target / _MARK
-    if there.exists() and there.read_text(encoding="utf-8") == mark:
+    mark, there = {"sha256": identity.sha256(header.shards)}, target / _MARK
+    if there.exists() and json.loads(there.read_text(encoding="utf-8")) == mark:
         return target
     largest = max(header.tensors, key=lambda t: t.nbytes)
-    dtype = _HALF.get(largest.fmt.name, torch.float32)
-    model, words = opening.load_gguf(path, torch.device("cpu"), dtype)
-    with folder.making(target, header.weights * dtype.itemsize) as partial, opening.quiet():
-        model.save_pretrained(partial)
-        words.save_pretrained(partial)
-        (partial / _MARK).write_text(mark, encoding="utf-8")
+    source = supply.of_gguf(path, _HALF.get(largest.fmt.name, torch.float32))
+    floats = source.tensors
+    entries = [Entry(n, safetensors.dtype_of(t), tuple(t.shape)) for n, t in floats.items()]
+    with folder.making(target, safetensors.size(entries)) as partial:
+        safetensors.write(partial / SINGLE, entries, floats.items())
+        source.beside(partial)
+        folder.write_json(partial / _MARK, mark)
     return target
