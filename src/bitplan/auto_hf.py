@@ -17,6 +17,7 @@ from bitplan import (
     evaluate,
     formats,
     hub,
+    machine,
     measure,
     measured,
     options,
@@ -40,7 +41,7 @@ from bitplan.formats import Format
 from bitplan.measured import Work
 from bitplan.quality import Quality
 from bitplan.quantizers import Method
-from bitplan.runtimes.hf import HfModel
+from bitplan.runtimes.hf import HfModel, devices, opening
 from bitplan.setting import Setting
 from bitplan.sources.hf import HfSource
 from bitplan.subject import Subject
@@ -172,7 +173,19 @@ def _settled(request: Request) -> Request:
                 " integers such as int4-g128, or --method rtn."
             )
         setting = replace(setting, engine="transformers")
-    return replace(request, path=path, setting=setting)
+    return replace(request, path=path, setting=_faster(path, setting))
+
+
+def _faster(path: Path, setting: Setting) -> Setting:
+    """float16 is emulated on CPUs: where memory allows, figures are made in float32 there."""
+    import torch
+
+    source = HfSource(path, setting)
+    half = opening.dtype_of(source.checkpoint) == torch.float16 and setting.dtype == "auto"
+    free = machine.available_memory()
+    room = free is None or 4 * source.checkpoint.weights < free / 2
+    on_cpu = devices.device_of(setting.device).type == "cpu"
+    return replace(setting, dtype="float32") if half and room and on_cpu else setting
 
 
 def _candidates(request: Request) -> list[Format]:

@@ -16,7 +16,7 @@ from bitplan.runtimes.hf import folding
 from bitplan.runtimes.hf.folding import Fold
 from bitplan.runtimes.hf.grams import Grams, Sums
 from bitplan.runtimes.hf.streamed import StreamedModel
-from bitplan.runtimes.hf.undoing import COLUMNS, ROWS
+from bitplan.runtimes.hf.undoing import COLUMNS, ROWS, SMOOTHING
 from bitplan.runtimes.hf.walk import Step
 from bitplan.schemes import Scheme
 
@@ -39,9 +39,12 @@ def apply(
         watched = next((n for n in fold.weights if n in grams), None)
         if watched is None or (method.scaling == "smoothquant" and not _after_norm(model, fold)):
             continue
-        scale = _scale(model, fold, wanted, grams.of(watched), method)
+        sums = grams.of(watched)
+        scale, alpha = _scale(model, fold, wanted, sums, method)
+        if method.scaling == "smoothquant":
+            scales[SMOOTHING + fold.weights[0]] = _smoothed(model, fold, wanted, sums, scale, alpha)
         folding.apply(model.model, model.layout, fold, scale)
-        grams.of(watched).divide(scale)
+        sums.divide(scale)
         changed |= {p: _stored(model, p) for p in fold.parameters if p not in wanted}
         scales |= {COLUMNS + name: scale for name in fold.weights}
         if not _after_norm(model, fold):
@@ -61,19 +64,36 @@ def _after_norm(model: StreamedModel, fold: Fold) -> bool:
 
 def _scale(
     model: StreamedModel, fold: Fold, wanted: Mapping[str, Scheme], sums: Sums, method: Method
-) -> torch.Tensor:
-    """Of the columns of a fold's weights, [row] float32."""
+) -> tuple[torch.Tensor, float | None]:
+    """Of the columns of a fold's weights, [row] float32; and SmoothQuant's alpha."""
     weights = [model.stored(n) for n in fold.weights]
     schemes = [wanted.get(n) for n in fold.weights]
     if method.scaling == "awq":
         mean = sums.absolute / max(sums.tokens, 1)
-        return awq.search(weights, schemes, sums.mean, mean, shared=fold.shared).scale
+        return awq.search(weights, schemes, sums.mean, mean, shared=fold.shared).scale, None
     if method.alpha is None:
         found = smoothquant.search(
             sums.sample, weights, schemes, largest=sums.largest, shared=fold.shared
         )
-        return found.scale
-    return smoothquant.smoothing(sums.largest, weights, method.alpha, shared=fold.shared)
+        return found.scale, found.alpha
+    scale = smoothquant.smoothing(sums.largest, weights, method.alpha, shared=fold.shared)
+    return scale, method.alpha
+
+
+def _smoothed(
+    model: StreamedModel, fold: Fold, wanted: Mapping[str, Scheme], sums: Sums,
+    scale: torch.Tensor, alpha: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """What smoothing does to one input: see `undoing.SMOOTHING`."""
+    rounded = [(model.stored(n), wanted[n]) for n in fold.weights if n in wanted]
+    before, after = (
+        max(smoothquant.relative_error(sums.sample, w, scheme, by) for w, scheme in rounded)
+        for by in (None, scale)
+    )
+    ratios = (
+        smoothquant.outlier_ratio(sums.largest / by) for by in (torch.ones_like(scale), scale)
+    )
+    return torch.tensor([float("nan") if alpha is None else alpha, *ratios, before, after])
 
 
 def _stored(model: StreamedModel, parameter: str) -> torch.Tensor:

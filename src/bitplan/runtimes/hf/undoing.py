@@ -20,6 +20,10 @@ from bitplan.runtimes.hf.written import WrittenModel
 SCALES = "column_scales.npz"
 COLUMNS, ROWS = "columns:", "rows:"
 """Before a weight's name: its columns were multiplied by this [row], its rows divided [rows]."""
+SMOOTHING = "smoothing:"
+"""Before the first weight that has an input: SmoothQuant's alpha (NaN: no scale was better), the
+outlier ratio of the input before and after, and the largest relative error of a product before and
+after, on a sample of the text."""
 
 Array = npt.NDArray[np.float32]
 
@@ -30,6 +34,17 @@ def write(folder: Path, scales: Mapping[str, Array]) -> None:
         held = io.BytesIO()
         np.savez(held, **scales)  # type: ignore[arg-type]
         write_bytes(folder / SCALES, held.getvalue())
+
+
+def smoothing(scales: Mapping[str, Array]) -> list[dict[str, float | str | None]]:
+    """What was told of each smoothed input."""
+    names = ("alpha", "outlier_ratio_before", "outlier_ratio", "error_before", "error")
+    return [
+        {"input_of": name.removeprefix(SMOOTHING)}
+        | {n: None if np.isnan(v) else float(v) for n, v in zip(names, values, strict=True)}
+        for name, values in sorted(scales.items())
+        if name.startswith(SMOOTHING)
+    ]
 
 
 def weights(model: WrittenModel, folder: Path) -> Callable[[str], Array]:
