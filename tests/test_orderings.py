@@ -14,7 +14,7 @@ from bitplan.artifacts import load
 from bitplan.errors import UnknownNameError, UsageError
 from bitplan.results import Finding, Results, Story
 from bitplan.setting import Setting
-from bitplan.studies import chance, curves, orderings, pictures
+from bitplan.studies import chance, curves, moving, orderings, pictures
 from bitplan.studies.orderings import Options
 from bitplan.subject import Subject
 from planted_layers import Planted, cases
@@ -76,12 +76,12 @@ def test_random_orders_are_all_different(stories: Path, tmp_path: Path) -> None:
     """Seeds 0 and 2 draw the same order of five layers."""
     subject = Planted(stories, tmp_path)
     assert subject.importances("random", "q4_0", 0) == subject.importances("random", "q4_0", 2)
-    found = orderings.orders(subject, Options(orders="random"))
+    found = moving.orders(subject, Options(orders="random"))
     assert [o.seed for o in found] == [0, 1, 3]
 
 
 def test_there_are_no_more_orders_than_there_are(tiny_gguf: Path, tmp_path: Path) -> None:
-    found = orderings.orders(Planted(tiny_gguf, tmp_path), Options(orders="random"))
+    found = moving.orders(Planted(tiny_gguf, tmp_path), Options(orders="random"))
     assert len(found) == 2
 
 

@@ -106,7 +106,7 @@ def run(
     """Run a study with the values of `common`'s options. label: its folder, unless `name`."""
     import contextlib
 
-    from bitplan import script, study, summary_study
+    from bitplan import script, studies, study, summary_study
     from bitplan.setting import Setting
     from bitplan.subject import Subject
 
@@ -121,6 +121,9 @@ def run(
             stack.enter_context(Subject(path, folder, Setting(**values), report, index))
             for index, (path, folder) in enumerate(zip(paths, folders, strict=True))
         ]
+        if studies.get(name).MODELS == studies.SEVERAL:
+            texts = values["eval_text"] or ["builtin"]
+            subjects = [s.on(text) for s in subjects for text in texts]
         if given["script"] or given["files"]:
             _ = [s.header for s in subjects]  # both are GGUF's; other models are refused now
         if given["dry_run"] or given["script"]:
@@ -161,10 +164,13 @@ def command_of(name: str) -> Callable[..., None]:
 
     def command(**given: Any) -> None:
         own = {key: given.pop(key) for key in fields}
-        models = [given.pop("model")] + ([given.pop("other")] if module.MODELS > 1 else [])
+        named = [given.pop(key) for key in first]
+        models = named[0] if module.MODELS == studies.SEVERAL else named
         run(name, models, module.Options(**own), given)
 
-    first = {"model": o.Model} | ({"other": o.Other} if module.MODELS > 1 else {})
+    first: dict[str, Any] = {"model": o.Model} | ({"other": o.Other} if module.MODELS > 1 else {})
+    if module.MODELS == studies.SEVERAL:
+        first = {"models": o.Models}
     kind = inspect.Parameter.KEYWORD_ONLY
     own = [inspect.Parameter(key, kind, annotation=a) for key, a in first.items()]
     own += [

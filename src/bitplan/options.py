@@ -29,6 +29,9 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Models = Annotated[
+    list[str], typer.Argument(help="One or more, each as for other studies.", show_default=False)
+]
 Texts = Annotated[
     list[str] | None,
     typer.Option("--text", help="File, 'builtin' or 'wikitext2'; repeatable. [default: builtin]"),

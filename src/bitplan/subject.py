@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -49,6 +49,8 @@ class Subject:
     progress: Progress = lambda *_: None
     index: int = 0
     """Which of the study's models it is."""
+    sibling: Subject | None = None
+    """The same model, which opens it for both."""
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _renewed: set[Path] = field(default_factory=set)
     """With `fresh`: folders that this run has begun anew."""
@@ -59,6 +61,11 @@ class Subject:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
+    def on(self, eval_text: str) -> Subject:
+        """The same model, which is opened once, with its figures from this text alone."""
+        setting = replace(self.setting, eval_text=[eval_text])
+        return replace(self, setting=setting, sibling=self)
+
     # --- from the header alone -------------------------------------------------------------
 
     @property
@@ -66,9 +73,16 @@ class Subject:
         """That models run with; 0: all cores."""
         return self.setting.threads
 
+    @property
+    def method(self) -> str:
+        """How variants are rounded."""
+        return self.setting.method
+
     @cached_property
     def source(self) -> Source:
         """The model on disk."""
+        if self.sibling:
+            return self.sibling.source
         return sources.of(self.path, self.setting)
 
     @property
@@ -123,12 +137,16 @@ class Subject:
     def check(self) -> None:
         """What speaks against opening the model, from its header. Raises ModelFileError,
         RuntimeFailure."""
-        if "model" not in vars(self):  # else it is open, and its memory no longer free
+        if self.sibling:
+            self.sibling.check()
+        elif "model" not in vars(self):  # else it is open, and its memory no longer free
             self.source.check()
 
     @cached_property
     def model(self) -> Runtime:
         """Open; where the method is to choose numbers by their inputs, it has seen those."""
+        if self.sibling:
+            return self.sibling.model
         self.check()
         method = self.setting.method
         if method not in LOOKING and method != "rtn":

@@ -48,9 +48,8 @@ def brief(results: Results, out: Path) -> str:
 
 def _head(results: Results) -> str:
     """The answer, and under it what it rests on."""
-    models = ", ".join(m.name for m in results.models)
-    texts = results.texts[:1]
-    on = "".join(f" on {study_story.basis(results, t)} ({t.source})" for t in texts)
+    models = ", ".join(m.name for m in study_story.models(results))
+    on = f" on {read}" if (read := study_story.measured_on(results)) else ""
     count = sum(v.how != "reference" for v in results.variants)
     basis = f"{results.study}: {count} variants of {models}{on}"
     return f"{_wrapped(results.story.headline)}\n{_wrapped(basis)}"

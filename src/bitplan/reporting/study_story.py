@@ -9,10 +9,11 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
-from bitplan.artifacts import Measurement, TextFacts
+from bitplan.artifacts import Measurement, ModelFacts, TextFacts
 from bitplan.budget import human
-from bitplan.reporting.wording import measurement, plain, ranges, sig, with_error
+from bitplan.reporting.wording import measurement, plain, ranges, sig, with_error, with_signed
 from bitplan.results import Chart, Finding, Mix, Results, Table, VariantFacts
 
 SHOWN, NOT_SHOWN = "shown", "no difference measured"
@@ -97,18 +98,35 @@ def steps(results: Results) -> list[Step]:
     own = [v for v in results.variants if v.how != "reference"]
     files = any(v.by_file for v in own)
     also = "; the same as real files, each written, loaded and measured" if files else ""
-    text = results.texts[0] if results.texts else None
+    each, read = models(results), texts(results)
+    basis_of = f"{basis(results, read[0])} from {'; '.join(t.source for t in read)}" if read else ""
     return [
         Step(
-            "Model" if len(results.models) == 1 else f"{len(results.models)} models",
-            "; ".join(f"{m.name}, {human(m.bytes)}, {m.layers} layers" for m in results.models),
+            "Model" if len(each) == 1 else f"{len(each)} models",
+            "; ".join(f"{m.name}, {human(m.bytes)}, {m.layers} layers" for m in each),
         ),
         Step(_many(len(own), "variant"), _kinds(own)),
         Step("Rounded in memory", f"weights change in the loaded model{also}"),
-        Step("Same text", f"{basis(results, text)} from {text.source}" if text else ""),
+        Step("Same text" if len(read) < 2 else f"{len(read)} texts", basis_of),
         Step("Paired figures", _figures(results)),
         Step(_many(len(results.story.findings), "finding"), score(results)),
     ]
+
+
+def models(results: Results) -> list[ModelFacts]:
+    """Each once: a study may have one model on several texts."""
+    return list({(m.name, m.sha256): m for m in results.models}.values())
+
+
+def texts(results: Results) -> list[TextFacts]:
+    """One of each source: models may cut the same text into different tokens."""
+    return list({t.source: t for t in results.texts}.values())
+
+
+def measured_on(results: Results) -> str:
+    """`24 windows of 512 tokens (a.txt; b.txt)`; empty without texts."""
+    read = texts(results)
+    return f"{basis(results, read[0])} ({'; '.join(t.source for t in read)})" if read else ""
 
 
 def by_example(results: Results) -> bool:
@@ -206,13 +224,15 @@ def _metrics(results: Results) -> list[tuple[bool, str, str]]:
 def rows(results: Results) -> list[Row]:
     """Every variant with its figures, in the order of the study."""
     wanted = _metrics(results)
-    several = len(results.models) > 1
+    several, read = len(results.models) > 1, texts(results)
     found = []
     for v in results.variants:
         cells = [human(v.bytes), f"{v.bpw:.3f}"]
         cells += [_cell(v.by_file if real else v.measurements, m) for real, m, _ in wanted]
         known = several and 0 <= v.model < len(results.models)
         model = results.models[v.model].name if known else ""
+        if known and len(read) > 1:
+            model += f" on {Path(results.texts[v.model].source).name}"
         found.append(Row(v.title or v.name, v.name, model, v.series, cells, stored(v)))
     return found
 
@@ -226,10 +246,6 @@ def _cell(measurements: list[Measurement], metric: str) -> str:
     if metric == "accuracy_difference":
         return f"{with_signed(100 * one.value, 100 * (one.stderr or 0.0))} points"
     return measurement(metric, one.value, one.stderr)
-
-
-def with_signed(value: float, error: float) -> str:
-    return ("+" if value > 0 else "") + with_error(value, error)
 
 
 def by_variant(results: Results) -> Table:

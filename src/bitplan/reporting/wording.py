@@ -41,6 +41,11 @@ def with_error(value: float, stderr: float | None) -> str:
     return f"{value:,.{decimals}f} ± {stderr:.{decimals}f}"
 
 
+def with_signed(value: float, error: float | None) -> str:
+    """The same with a plus before what is above zero."""
+    return ("+" if value > 0 else "") + with_error(value, error)
+
+
 def percent(fraction: float, digits: int = 0) -> str:
     """`47 %` of a share."""
     return f"{100 * fraction:.{digits}f} %"

@@ -3,7 +3,7 @@ dashes, is its name on the command line.
 
 A study module has
 
-    MODELS: int                 how many models it compares, usually 1
+    MODELS: int                 how many models it compares, usually 1; or SEVERAL
     class Options(Record)       its options; each field's description becomes the option's help
     def variants(subject: Subject, options: Options) -> list[Variant]
     def story(cases: Cases, options: Options) -> Story
@@ -39,6 +39,11 @@ from bitplan.reporting.wording import with_error
 from bitplan.results import Finding, Story
 from bitplan.units import Unit
 
+SEVERAL = 0
+"""`MODELS` of a study of any number of models, each on every `--eval-text` by itself.
+
+One model on one text is one subject then, and one of `Cases.models`."""
+
 
 class Subject(Protocol):
     """The model that a study is about; `bitplan.subject` has the real one.
@@ -68,6 +73,11 @@ class Subject(Protocol):
     @property
     def threads(self) -> int:
         """That models run with; 0: all cores."""
+        ...
+
+    @property
+    def method(self) -> str:
+        """How variants are rounded: `rtn`, `gptq` or `spqr`."""
         ...
 
     @property
@@ -219,7 +229,7 @@ def names() -> list[str]:
     return sorted(n.replace("_", "-") for n in found if n not in _SHARED)
 
 
-_SHARED: tuple[str, ...] = ("chance", "curves", "equal_bytes", "ordered", "pictures", "quality")
+_SHARED = ("chance", "curves", "equal_bytes", "moving", "ordered", "pictures", "quality", "rows")
 """Files here that are no studies: what several of them share."""
 
 

@@ -172,8 +172,8 @@ def points(found: Found) -> Table:
         rows.append(
             [
                 str(first.variant.step),
-                _range([f"{b:.3f}" for b in (max(at), min(at))]),
-                _range([human(s) for s in (max(sizes), min(sizes))]),
+                between([f"{b:.3f}" for b in (max(at), min(at))]),
+                between([human(s) for s in (max(sizes), min(sizes))]),
                 *(with_error(*c.cases[i].kl) for c in shown),
             ]
         )
@@ -186,7 +186,7 @@ def points(found: Found) -> Table:
     )
 
 
-def _range(ends: Sequence[str]) -> str:
+def between(ends: Sequence[str]) -> str:
     return " to ".join(dict.fromkeys(ends))
 
 

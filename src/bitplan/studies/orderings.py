@@ -10,7 +10,6 @@ accuracy for classifiers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from pydantic import Field
 
@@ -26,9 +25,9 @@ from bitplan.studies import (
     Variant,
     chance,
     curves,
+    moving,
     ordered,
     pictures,
-    quality,
 )
 from bitplan.studies.chance import Luck
 from bitplan.studies.ordered import RANDOM, Curve, Found
@@ -64,32 +63,6 @@ class Options(Record):
     )
 
 
-class Order(NamedTuple):
-    """One curve of the study."""
-
-    name: str
-    scorer: str
-    seed: int
-
-
-def orders(subject: Subject, options: Options) -> list[Order]:
-    """The curves; random ones by seed, each different from the others as far as layers allow."""
-    found = []
-    for name in curves.orders(options.orders):
-        if name != RANDOM:
-            found.append(Order(name, name, 0))
-            continue
-        ranked: dict[tuple[int, ...], Order] = {}
-        for seed in range(10 * options.random_seeds):
-            order = Order(f"{RANDOM} {seed}", RANDOM, seed)
-            layers = tuple(curves.ranking(subject.importances(RANDOM, options.low, seed)))
-            ranked.setdefault(layers, order)
-            if len(ranked) == options.random_seeds:
-                break
-        found += ranked.values()
-    return found
-
-
 def variants(subject: Subject, options: Options) -> list[Variant]:
     """Every order with every number of layers in the low format; ends are the same for all.
 
@@ -99,54 +72,22 @@ def variants(subject: Subject, options: Options) -> list[Variant]:
     if options.steps < 0 or options.random_seeds < 1 or not 0 < options.kept < 1:
         raise UsageError("--steps must not be negative, --random-seeds 1 or more, --kept in (0,1).")
     curves.known(options.high, options.low, options.outside)
-    return [v for order in orders(subject, options) for v in _moved(subject, options, order)]
+    counts = curves.every(len(subject.layers), options.steps)
+    each = moving.orders(subject, options)
+    return [v for order in each for v in moving.variants(subject, options, order, counts)]
 
 
 def _chosen(subject: Subject, options: Options) -> Options:
     return curves.chosen(subject, options, high=4, low=2)
 
 
-def _moved(subject: Subject, options: Options, order: Order) -> list[Variant]:
-    ranked = curves.ranking(subject.importances(order.scorer, options.low, order.seed))
-    found = []
-    for count in curves.every(len(ranked), options.steps):
-        found.append(
-            Variant(
-                name=f"{order.name.replace(':', '-').replace(' ', '-')}_{count}",
-                title=f"{order.name}, {count} of {len(ranked)} layers in {options.low}",
-                types=curves.moved(
-                    subject, ranked, count, options.high, options.low, options.outside
-                ),
-                series=order.name,
-                step=count,
-            )
-        )
-    return found
-
-
 # --- what was found ---------------------------------------------------------------------------
-
-
-def _found(measured: Measured, options: Options) -> Found:
-    both: tuple[list[Curve], list[Curve]] = ([], [])
-    for order in orders(measured.subject, options):
-        importances = measured.subject.importances(order.scorer, options.low, order.seed)
-        cases = measured.series(order.name)
-        bits = [curves.case_bits(measured.subject, c) for c in cases]
-        both[order.scorer == RANDOM].append(
-            Curve(
-                order.name, curves.ranking(importances), curves.tied(importances), cases, bits,
-                curves.averaged(bits, cases),
-            )
-        )  # fmt: skip
-    told = quality.of(measured)
-    return Found(*both, options.high, options.low, options.kept, told)
 
 
 def story(cases: Cases, options: Options) -> Story:
     measured = cases.only
     options = _chosen(measured.subject, options)
-    found = _found(measured, options)
+    found = moving.found(measured, options, options.kept)
     return Story(
         headline=_headline(found),
         findings=_findings(found),

@@ -14,7 +14,7 @@ import numpy as np
 
 from bitplan.divergence import Floats
 from bitplan.metrics import mean
-from bitplan.reporting.wording import sig, signed
+from bitplan.reporting.wording import sig, signed, with_signed
 from bitplan.studies import Case, Measured, change, difference
 
 
@@ -42,6 +42,10 @@ class Perplexity:
     def change(self, case: Case, start: Case) -> str:
         """Relative to another model's."""
         return signed(*change(case, start))
+
+    def signed(self, gap: float, error: float) -> str:
+        """Nats that are `lost`, as a change of perplexity: `+38 ± 17 %`."""
+        return f"{with_signed(100 * math.expm1(gap), 100 * math.exp(gap) * error)} %"
 
     def lost(self, case: Case, start: Case) -> tuple[float, float]:
         """Nats per token more than another model, with the paired error."""
@@ -80,6 +84,10 @@ class Accuracy:
         """In points of a hundred."""
         gap, error = difference(case, start, "wrong")
         return f"{-100 * gap:+.2f} ± {100 * error:.2f} points"
+
+    def signed(self, gap: float, error: float) -> str:
+        """A share of wrong labels that is `lost`, as a change of accuracy: `-1.2 ± 0.4 points`."""
+        return f"{with_signed(-100 * gap, 100 * error)} points"
 
     def lost(self, case: Case, start: Case) -> tuple[float, float]:
         """1 - accuracy / that of another model, with the paired error of this ratio (linearised).
