@@ -317,13 +317,18 @@ def text_windows(model: Any, body: str, count: int) -> npt.NDArray[np.int32]:
     return found.tokens
 
 
-def test_experts_that_transformers_loses_are_told_of(tmp_path: Path) -> None:
-    """Attention alone is quantized; 5.17 would go on with random experts."""
+def test_experts_that_transformers_loses_are_opened(tmp_path: Path) -> None:
+    """Attention alone is quantized; 5.17 would go on with random experts, 5.23 refuses."""
     source = hf_models.write("mixtral", tmp_path / "source")
     groups = {r"re:^model\.layers\.[012]\.self_attn\..*_proj$": {"weights": int_weights(4)}}
     path = written_models.compressed(source, tmp_path / "q", groups)
-    with pytest.raises(ModelFileError, match="cannot open experts beside compressed layers"):
-        opened(path)
+    with pytest.raises(RuntimeError):
+        transformers.AutoModelForCausalLM.from_pretrained(path)
+    with opened(path) as found, hf_models.opened(source) as reference:
+        types = {n: "int4-g32" for n in reference.layout.weights if "self_attn" in n}
+        assert {t.name: t.fmt.name for t in found.tensors if not t.fmt.is_float} == types
+        with reference.rounded({n: formats.get(f) for n, f in types.items()}):
+            assert np.array_equal(logits(found), np.stack([*reference.logits(ROWS)]))
 
 
 # --- what lies ---------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """What the engines that load safetensors ask of a plan: which weights must share a format.
 
 vLLM puts q, k and v into one matrix, gate and up into another and a layer's experts into two, and
-each has one scheme; it loads integers for linear layers of the blocks only. transformers takes
-every linear layer as it comes. What vLLM loads, transformers loads too.
+each has one scheme, which all of a layer's experts share; it loads integers for linear layers of
+the blocks only. transformers takes every linear layer as it comes, but unpacks all experts of a
+model by the one scheme that it finds first. What vLLM loads, transformers loads too, save experts.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import re
 from typing import Literal
 
 from bitplan.errors import UnknownNameError
+from bitplan.schemes import Scheme
 
 Engine = Literal["", "vllm", "transformers"]
 """Empty: nobody is to load it, as in a study."""
+
+EXPERTS = ".experts"
+"""How the name of a unit of experts ends."""
 
 _FUSED = (
     (re.compile(r"\.(?:q|k|v)_proj$"), ".qkv_proj"),
     (re.compile(r"\.(?:query|key|value)$"), ".qkv_proj"),
     (re.compile(r"\.(?:gate|up)_proj$"), ".gate_up_proj"),
-    (re.compile(r"\.experts\..*$"), ".experts"),
+    (re.compile(r"\.experts\..*$"), EXPERTS),
 )
 """Module -> what vLLM makes of it and its neighbours."""
 
@@ -45,3 +50,15 @@ def fused(engine: Engine, module: str) -> str:
 def loads_outside(engine: Engine) -> bool:
     """Whether integers are loaded for linear layers outside the blocks, such as the output."""
     return engine != "vllm"
+
+
+def refuses_experts(engine: Engine, scheme: Scheme) -> str:
+    """Why it does not load experts in a scheme (vLLM up to 0.27, transformers 5.23): the end of a
+    sentence; empty where it does."""
+    if engine and not scheme.symmetric:
+        return "loads no experts with zero points"
+    if engine == "vllm" and scheme.strategy == "tensor":
+        return "loads no experts with one scale for a matrix"
+    if engine == "transformers" and scheme.activations:
+        return "loads no experts whose inputs are rounded"
+    return ""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bitplan import files, formats, quality, quantize_hf, summary_quality, units
+from bitplan import files, formats, quality, quantize_hf, routed, summary_quality, units
 from bitplan.artifacts import Plan, Quantized
 from bitplan.budget import human
 from bitplan.errors import ArtifactError
@@ -65,8 +65,9 @@ class Made:
             f"{self.folder}: {human(q.bytes, exact=True)}, {q.bpw:.3f} bits per weight; every"
             " tensor is as planned."
         )
+        warned = "\n".join(f"Warning: {w}" for w in routed.warnings(q.origin.settings))
         told = summary_quality.of_quality(self.quality) if self.quality else self.why
-        return f"{head}\n\n{told}" if told else head
+        return "\n\n".join(part for part in (head, warned, told) if part)
 
     def document(self) -> dict[str, Any]:
         """For programs."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bitplan import formats, identity, options
+from bitplan import formats, identity, options, routed
 from bitplan.artifacts import ModelFacts, Origin, Quantized, schema_of
 from bitplan.errors import UsageError
 from bitplan.quantizers import Method
@@ -109,7 +109,7 @@ def _compressed(order: Order, facts: ModelFacts, progress: Progress) -> tuple[Or
 
     s, method, wanted = order.setting, order.method, order.quantized
     with opened(order) as model:
-        compressed_tensors.check(model.layout, order.types, odd_bits=order.odd_bits)
+        compressed_tensors.check(model.layout, model.shards, order.types, odd_bits=order.odd_bits)
         windows = _windows(model, order)
         text = {"text": windows.facts.sha256} if windows else {}
         origin = _origin(order, facts, "compressed-tensors", text, model)
@@ -129,8 +129,10 @@ def _compressed(order: Order, facts: ModelFacts, progress: Progress) -> tuple[Or
             progress=progress,
         )  # fmt: skip
         undoing.write(order.out, kept.scales())
+        row = {n: w.tensor.shape[-1] for n, w in model.layout.weights.items()}
+        more = routed.settings(kept.tokens(), row)
         kept.forget()
-    return origin, nbytes
+    return origin.model_copy(update={"settings": {**origin.settings, **more}}), nbytes
 
 
 def opened(order: Order) -> StreamedModel:

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bitplan import formats, stored
+from bitplan import engines, formats, stored
+from bitplan.engines import Engine
 from bitplan.errors import UsageError
 from bitplan.formats import Format
 from bitplan.gguf_file import Header
@@ -53,6 +54,8 @@ class Unit:
     """Looked up, not multiplied: engines load integers (not GGUF's types) for the latter only."""
     floats_only: bool = False
     """The engine that the model is written for loads no integers for it."""
+    experts: Engine = ""
+    """Its tensors are experts, which this engine loads in one format, and not in every one."""
     entries: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
     """Of safetensors files: tensor -> what it consists of there (experts are stored one by one);
     empty for others."""
@@ -66,14 +69,27 @@ class Unit:
         """Whether it stays as it is where this format is asked for."""
         return (self.is_embedding or self.floats_only) and fmt.scheme is not None
 
+    def refuses(self, fmt: Format) -> bool:
+        """Whether the engine does not load it in this format."""
+        return fmt.scheme is not None and bool(engines.refuses_experts(self.experts, fmt.scheme))
+
     def types(self, fmt: Format) -> dict[str, Format]:
         """Tensor -> format really stored: `fmt`, or its fallback where rows do not divide.
 
-        An embedding keeps its own where `fmt` is for linear layers alone.
+        An embedding keeps its own where `fmt` is for linear layers alone. Experts have one
+        fallback, that of the rows that need the smallest groups.
         """
         if self.keeps(fmt):
             return {t.name: t.fmt for t in self.tensors}
+        if self.experts:
+            return dict.fromkeys((t.name for t in self.tensors), self._fitting_all(fmt))
         return {t.name: formats.fitting(fmt, t.shape[-1]) for t in self.tensors}
+
+    def _fitting_all(self, fmt: Format) -> Format:
+        found = fmt
+        for tensor in self.tensors:
+            found = formats.fitting(found, tensor.shape[-1])
+        return found if found == fmt else self._fitting_all(found)
 
     def stored(self, types: Mapping[str, str]) -> int:
         """Bytes with these formats by tensor, the own one where none is named; padded, or with
@@ -221,8 +237,9 @@ def candidates(unit: Unit, wanted: Iterable[Format]) -> list[Format]:
     row = {t.shape[-1] for t in unit.tensors}
     found: dict[str, Format] = {}
     for fmt in wanted:
-        stored = formats.fitting(fmt, next(iter(row))) if len(row) == 1 else fmt
-        if unit.keeps(stored):
+        alike = len(row) == 1 or bool(unit.experts)
+        stored = next(iter(unit.types(fmt).values())) if alike else fmt
+        if unit.keeps(fmt) or unit.refuses(stored):
             continue
         if stored.bits <= source:
             found[stored.name] = stored

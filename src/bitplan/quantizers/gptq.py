@@ -13,7 +13,7 @@ with equation 2). It takes one factorization of three, and loses less in float32
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,7 +62,7 @@ def gptq(
         raise ValueError(f"a gram of {list(gram.shape)} for weights of {list(weights.shape)}")
     weights = weights.detach()
     if weights.dim() > 2:  # experts
-        return _stacked(
+        return integers.stacked(
             gptq(w, scheme, g, damp=damp, ordered=ordered, block=block, grid=grid)
             for w, g in zip(weights, gram, strict=True)
         )
@@ -171,12 +171,6 @@ def compensated(weights: torch.Tensor, factor: Factor, hold: Hold, block: int) -
 
     take(0, len(weights))
     return wanted
-
-
-def _stacked(experts: Iterable[Integers]) -> Integers:
-    each = list(experts)
-    scale, zero = (torch.stack([getattr(i.grid, name) for i in each]) for name in ("scale", "zero"))
-    return Integers(Grid(each[0].scheme, scale, zero), torch.stack([i.values for i in each]))
 
 
 def _chosen(weights: torch.Tensor, on: Grid, factor: Factor, block: int) -> Integers:

@@ -7,6 +7,7 @@ every bit.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +109,13 @@ def nearest(weights: torch.Tensor, on: Grid) -> Integers:
 def rtn(weights: torch.Tensor, scheme: Scheme) -> Integers:
     """Round to nearest: weights [.., rows, row] on the grid of their own extremes."""
     return nearest(weights, grid(weights, scheme))
+
+
+def stacked(matrices: Iterable[Integers]) -> Integers:
+    """Matrices of one shape and scheme as one: [n, rows, row]."""
+    each = list(matrices)
+    scale, zero = (torch.stack([getattr(i.grid, name) for i in each]) for name in ("scale", "zero"))
+    return Integers(Grid(each[0].scheme, scale, zero), torch.stack([i.values for i in each]))
 
 
 def limits(scheme: Scheme) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """What became of each stage of a model, on disk before the next one is begun.
 
 Reads and writes a folder of small safetensors files, one a stage, in the form that the finished
-model has. A run that was killed finds its stages here and goes on behind them; the writer takes its
-tensors from here.
+model has (experts one by one). A run that was killed finds its stages here and goes on behind
+them; the writer takes its tensors from here.
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ from safetensors.torch import save_file
 from bitplan import files, formats
 from bitplan.errors import ArtifactError
 from bitplan.quantizers.integers import Integers
+from bitplan.quantizers.packed import PARTS, packed, unpacked
+from bitplan.runtimes.hf import pieces
 from bitplan.runtimes.hf.blockwise import Block
+from bitplan.runtimes.hf.pieces import Piece
 from bitplan.runtimes.hf.shards import Shards
 from bitplan.runtimes.hf.undoing import COLUMNS, ROWS
 from bitplan.schemes import Scheme
-from bitplan.writers.packed import packed, unpacked
+
+_TOKENS = "tokens:"
+"""Before a stacked weight's name: how many tokens came to each expert."""
 
 
 class Blocks:
@@ -55,6 +60,10 @@ class Blocks:
         """Tensor of the model, stored as it is -> its name in the files."""
         return {p.targets[0]: p.sources[0][1].name for p in self._shards.parts}
 
+    def _parts(self, name: str) -> list[tuple[Piece, str]]:
+        """What a weight is made of in the files, and the beginning of its parts' names."""
+        return [(p, p.tensor.name.removesuffix("weight")) for p in self._shards.pieces(name)]
+
     def _path(self, layer: int) -> Path:
         return self._folder / f"stage-{layer + 1:04}.safetensors"
 
@@ -67,11 +76,13 @@ class Blocks:
             return
         found: dict[str, torch.Tensor] = {}
         for name, numbers in block.integers.items():
-            module = self._names[name].removesuffix("weight")
-            found |= {module + part: values for part, values in packed(numbers).items()}
+            for piece, module in self._parts(name):
+                own = packed(pieces.taken(numbers, piece))
+                found |= {module + part: values for part, values in own.items()}
         for name, values in block.changed.items():
             found[self._names[name]] = values.to(self._dtype(name)).cpu().contiguous()
         found |= {name: scale.float().cpu().clone() for name, scale in block.scales.items()}
+        found |= {_TOKENS + name: torch.tensor(count) for name, count in block.tokens.items()}
         partial = self._path(block.layer).with_suffix(".partial")
         try:
             save_file(found, partial)
@@ -95,13 +106,19 @@ class Blocks:
         stored = _read(path)
         integers: dict[str, Integers] = {}
         for name, scheme in self._schemes.items():
-            module = self._names[name].removesuffix("weight")
-            mine = {k.removeprefix(module): stored.pop(k) for k in _of(stored, module)}
-            if mine:
-                integers[name] = unpacked(mine, scheme)
+            parts = []
+            for piece, module in self._parts(name):
+                mine = {k.removeprefix(module): stored.pop(k) for k in _of(stored, module)}
+                if mine:
+                    parts.append((piece, unpacked(mine, scheme)))
+            if parts:
+                integers[name] = pieces.joined(parts)
         names = {stored_as: name for name, stored_as in self._names.items()}
         scales = {n: stored.pop(n) for n in [*stored] if _is_scale(n)}
-        return Block(layer, integers, {names[k]: v for k, v in stored.items()}, scales)
+        seen = [n for n in stored if n.startswith(_TOKENS)]
+        tokens = {n.removeprefix(_TOKENS): stored.pop(n).tolist() for n in seen}
+        changed = {names[k]: v for k, v in stored.items()}
+        return Block(layer, integers, changed, scales, tokens)
 
     def scales(self) -> dict[str, npt.NDArray[np.float32]]:
         """Of all stages: see `undoing`."""
@@ -111,6 +128,12 @@ class Blocks:
             if values is not None:
                 found[name] = np.asarray(values.numpy(), np.float32)
         return found
+
+    def tokens(self) -> dict[str, list[int]]:
+        """Stacked weight -> how many tokens came to each expert, in the order of the stages."""
+        names = [n for n in self._places if n.startswith(_TOKENS)]
+        found = {n: self.get(n) for n in names}
+        return {n.removeprefix(_TOKENS): v.tolist() for n, v in found.items() if v is not None}
 
     def get(self, name: str) -> torch.Tensor | None:
         """A tensor of the finished files; None for one that quantizing left alone."""
@@ -145,8 +168,7 @@ def _scheme(name: str) -> Scheme:
 
 
 def _of(stored: Mapping[str, torch.Tensor], module: str) -> list[str]:
-    parts = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-    return [module + p for p in parts if module + p in stored]
+    return [module + p for p in PARTS if module + p in stored]
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from bitplan import formats
+from bitplan import formats, routed
 from bitplan.artifacts import ModelFacts, Quantized
 from bitplan.budget import human
 from bitplan.quality import Quality
@@ -76,4 +76,5 @@ model = QuantizedModelForCausalLM.from_pretrained("{name}")
 def _origin(made: Quantized) -> str:
     parents = [f"- {what}: `{digest[:16]}`" for what, digest in made.origin.parents.items()]
     head = f"## What it was made from\n\nbitplan {made.origin.bitplan}, {made.origin.engine}."
-    return "\n".join([head, "", *parents])
+    warned = [line for w in routed.warnings(made.origin.settings) for line in ("", w)]
+    return "\n".join([head, "", *parents, *warned])

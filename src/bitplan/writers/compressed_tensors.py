@@ -25,7 +25,7 @@ from bitplan.runtimes.hf.shards import Shards, entry, read
 from bitplan.safetensors_layout import Entry
 from bitplan.schemes import Scheme
 from bitplan.tensors import Tensor
-from bitplan.writers import folder, safetensors
+from bitplan.writers import experts, folder, safetensors
 
 SAFE_BITS = (2, 4, 8)
 """Whose packing has been the same in every version of compressed-tensors."""
@@ -36,7 +36,9 @@ Kept = Callable[[str], torch.Tensor | None]
 """A tensor of the new files by its name, if quantizing made it; None: it is as in the source."""
 
 
-def check(layout: Layout, types: Mapping[str, str], *, odd_bits: bool = False) -> None:
+def check(
+    layout: Layout, shards: Shards, types: Mapping[str, str], *, odd_bits: bool = False
+) -> None:
     """Whether these formats (weight -> format) can be written for the layout's engine.
 
     odd_bits: also 3, 5, 6 and 7, whose packing changed with compressed-tensors 0.18. Raises
@@ -59,6 +61,7 @@ def check(layout: Layout, types: Mapping[str, str], *, odd_bits: bool = False) -
                 f" {' and '.join(sorted(found))}; plan with --engine {layout.engine}, or write for"
                 " --engine transformers."
             )
+    experts.check(layout, shards, types)
 
 
 def _own(layout: Layout, name: str) -> str:
@@ -72,7 +75,7 @@ def _check_one(layout: Layout, name: str, fmt: Format, odd_bits: bool) -> None:
             f"{name}: {fmt.name} is nothing that compressed-tensors folders are written with here;"
             " choose integers such as int4-g128."
         )
-    if weight.transposed or len(weight.tensor.shape) != 2 or name == layout.embedding:
+    if weight.transposed or name == layout.embedding:
         raise UsageError(
             f"{name}: is no plain linear layer (nn.Linear), and engines load integers for no other;"
             f" keep it with --keep '{name.removesuffix('.weight')}={weight.tensor.fmt.name}'."
@@ -167,18 +170,21 @@ def config(
     groups: dict[str, list[str]] = {}
     for name, fmt in types.items():
         if formats.get(fmt).scheme:
-            groups.setdefault(fmt, []).append(name.removesuffix(".weight"))
-    kept = [n.removesuffix(".weight") for n in layout.weights if n not in _quantized(types)]
+            groups.setdefault(fmt, []).append(name)
+    many = {*experts.stacked(layout, shards)}
+    kept = [n for n in layout.weights if n not in _quantized(types)]
+    ignored = [n.removesuffix(".weight") for n in kept if n not in many]
+    ignored += experts.targets(layout, shards, (n for n in kept if n in many))
     schemes = {f: _scheme(f) for f in groups}
     written = {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": _format(list(schemes.values())),
         "config_groups": {
-            f"group_{i}": _group(scheme, groups[fmt])
+            f"group_{i}": _group(scheme, _targets(layout, shards, groups[fmt]))
             for i, (fmt, scheme) in enumerate(sorted(schemes.items()))
         },
-        "ignore": sorted(kept),
+        "ignore": sorted([*ignored, *experts.routers(shards)]),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": compressed_tensors.__version__,
@@ -201,7 +207,13 @@ def _format(schemes: Sequence[Scheme]) -> str:
     return next(iter(kinds)) if len(kinds) == 1 else "mixed-precision"
 
 
-def _group(scheme: Scheme, modules: Sequence[str]) -> dict[str, Any]:
+def _targets(layout: Layout, shards: Shards, names: Sequence[str]) -> list[str]:
+    many = {*experts.stacked(layout, shards)}
+    plain = targets(n.removesuffix(".weight") for n in names if n not in many)
+    return [*plain, *experts.targets(layout, shards, (n for n in names if n in many))]
+
+
+def _group(scheme: Scheme, patterns: Sequence[str]) -> dict[str, Any]:
     weights = {
         "num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric,
         "strategy": scheme.strategy, "group_size": scheme.group or None, "dynamic": False,
@@ -211,7 +223,7 @@ def _group(scheme: Scheme, modules: Sequence[str]) -> dict[str, Any]:
         "dynamic": True,
     }  # fmt: skip
     return {
-        "targets": targets(modules),
+        "targets": patterns,
         "weights": weights,
         "input_activations": inputs if scheme.activations else None,
         "output_activations": None,
@@ -259,11 +271,15 @@ def verify(
     read_back = QuantizationConfig.model_validate(told["quantization_config"])
     for name in layout.weights:
         fmt = formats.get(types[name]) if name in types else None
-        found_scheme = _matching(read_back, name.removesuffix(".weight"))
-        if found_scheme != (fmt.scheme if fmt else None):
-            raise WriteError(
-                f"{where / CONFIG}: {name} would be loaded as {found_scheme}, not {types.get(name)}"
-            )
+        many = len(layout.weights[name].tensor.shape) == 3 and shards.pieces(name)
+        own = [name.removesuffix(".weight")]
+        for module in experts.modules(layout, shards, name) if many else own:
+            found_scheme = _matching(read_back, module)
+            if found_scheme != (fmt.scheme if fmt else None):
+                raise WriteError(
+                    f"{where / CONFIG}: {module} would be loaded as {found_scheme}, not"
+                    f" {types.get(name)}."
+                )
 
 
 def _matching(config: Any, module: str) -> Scheme | None:

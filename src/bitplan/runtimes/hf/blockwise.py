@@ -17,7 +17,7 @@ import torch
 from bitplan.quantizers import Method, awq
 from bitplan.quantizers.gptq import gptq
 from bitplan.quantizers.integers import Integers, nearest, rtn
-from bitplan.runtimes.hf import scaling
+from bitplan.runtimes.hf import experts, scaling
 from bitplan.runtimes.hf.capture import Inputs
 from bitplan.runtimes.hf.grams import Grams
 from bitplan.runtimes.hf.streamed import StreamedModel
@@ -34,12 +34,14 @@ class Block:
     layer: int
     """-1 for what comes before the blocks, their number for what comes after."""
     integers: dict[str, Integers] = field(default_factory=dict)
-    """Weight, as the layout names it -> its numbers, [.., rows, row]."""
+    """Weight, as the layout names it -> its numbers, [.., rows, row]; of experts all in one."""
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     """Other parameters of the stage that scaling changed, as the model names them."""
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
     """By how much columns and rows were scaled: see `undoing`."""
 
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    """Stacked weight -> how many calibration tokens each expert saw; where GPTQ looked."""
 
 def quantized(
     model: StreamedModel,
@@ -77,28 +79,41 @@ def _settled(block: Block, left: dict[str, Scheme]) -> Block:
 
 
 def _nearest(model: StreamedModel, layer: int, wanted: Mapping[str, Scheme]) -> dict[str, Integers]:
-    return {n: rtn(model.stored(n), wanted[n]) for n in model.within(layer) if n in wanted}
+    names = [n for n in model.within(layer) if n in wanted]
+    experts.prove(model, _stacked(model, names))
+    return {n: rtn(model.stored(n), wanted[n]) for n in names}
+
+
+def _stacked(model: StreamedModel, names: Iterable[str]) -> list[str]:
+    return [n for n in names if len(model.layout.weights[n].tensor.shape) == 3]
 
 
 def _made(model: StreamedModel, step: Step, wanted: Mapping[str, Scheme], method: Method) -> Block:
     names = [n for n in model.within(step.layer) if n in wanted]
     if not names:
         return Block(step.layer)
-    grams = _watched(model, step, names)
-    seen = [n for n in names if n in grams]
+    many = _stacked(model, names)
+    experts.prove(model, many)
+    integers, tokens = dict[str, Integers](), dict[str, list[int]]()
+    if method.rounding == "gptq" and many:  # before anything of the block is scaled
+        integers, tokens = experts.quantized(model, step, {n: wanted[n] for n in many})
+    plain = [n for n in names if n not in many]
+    grams = _watched(model, step, plain)
+    seen = [n for n in plain if n in grams]
     changed, scales = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     if method.scaling:
         changed, scales = scaling.apply(model, step, {n: wanted[n] for n in seen}, grams, method)
     due = names if step.layer >= 0 else seen  # outside the blocks: where they are multiplied with
-    integers = {n: _rounded(model.stored(n), wanted[n], grams, n, method) for n in due}
-    return Block(step.layer, integers, changed, scales)
+    for name in (n for n in due if n not in integers):
+        integers[name] = _rounded(model.stored(name), wanted[name], grams, name, method)
+    return Block(step.layer, integers, changed, scales, tokens)
 
 
 def _watched(model: StreamedModel, step: Step, names: Iterable[str]) -> Grams:
     """What these weights are multiplied with, over all windows."""
     grams, places = Grams(), model.weights.places()
     here = {n: places[n] for n in names}
-    for i, batch in enumerate(step.batches):
+    for i, batch in enumerate(step.batches if here else ()):
         with Inputs(here, grams.see, batch.mask):
             step.run(i)
     return grams
@@ -107,11 +122,10 @@ def _watched(model: StreamedModel, step: Step, names: Iterable[str]) -> Grams:
 def _rounded(
     weights: torch.Tensor, scheme: Scheme, grams: Grams, name: str, method: Method
 ) -> Integers:
-    if name not in grams:  # what no token came to
+    if name not in grams:  # what no token came to, and experts where nothing looks at them
         return rtn(weights, scheme)
-    gram = grams.mean(name, len(weights) if weights.dim() == 3 else 0)
     if method.rounding == "gptq":
-        return gptq(weights, scheme, gram)
-    if method.scaling == "awq" and weights.dim() == 2:
-        return nearest(weights, awq.grid(weights, scheme, gram))
+        return gptq(weights, scheme, grams.mean(name))
+    if method.scaling == "awq":
+        return nearest(weights, awq.grid(weights, scheme, grams.mean(name)))
     return rtn(weights, scheme)

@@ -5,6 +5,8 @@ Fed by `capture.Inputs`; weights that share an input (q, k and v) share one sum.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from bitplan.errors import RuntimeFailure
@@ -42,6 +44,11 @@ class Grams:
 
     def __contains__(self, name: str) -> bool:
         return any(n == name for n, _ in self._of)
+    @property
+    def keys(self) -> Collection[Key]:
+        """All that was seen."""
+        return self._of.keys()
+
 
     def mean(self, name: str, matrices: int = 0) -> torch.Tensor:
         """E[x x^T] of a weight's inputs, [row, row] float32; with matrices (experts) [.., row, row]
@@ -95,7 +102,7 @@ class Sums:
         self.products.addmm_(wide.T, wide)
         size = wide.abs()
         self.absolute += size.sum(0)
-        torch.maximum(self.largest, size.amax(0), out=self.largest)
-        self.tokens += len(inputs)
+        if len(inputs):
+            torch.maximum(self.largest, size.amax(0), out=self.largest)
         if len(self.sample) < SAMPLE:
             self.sample = torch.cat([self.sample, wide])[:SAMPLE]

@@ -139,6 +139,7 @@ class Layout:
             alignment=1,
             is_embedding=first == self.embedding,
             floats_only=layer is None and not engines.loads_outside(self.engine),
+            experts=self.engine if name.endswith(engines.EXPERTS) else "",
             entries={t.name: self.entries[t.name] for t in tensors if t.name in self.entries},
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from torch import nn
 from bitplan import floats
 from bitplan.checkpoint import Checkpoint
 from bitplan.errors import ModelFileError
-from bitplan.runtimes.hf import opening
+from bitplan.runtimes.hf import opening, pieces
+from bitplan.runtimes.hf.pieces import Piece
 from bitplan.safetensors_layout import Entry
 from bitplan.tensors import Tensor
 
 _DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Shards:
         self._kept = model._get_dtype_plan(model.dtype)  # what transformers leaves in float32
         self._wanted = wanted(model)
         self._parts = _parts(model, checkpoint, self._wanted)
+        self._pieces: dict[str, tuple[Piece, ...]] = {}
         _check_tied(checkpoint, self._parts, self._wanted)
         there = {id(self._wanted[name]) for name in self._parts}
         missing = [name for name, t in self._wanted.items() if id(t) not in there]
@@ -96,6 +99,32 @@ class Shards:
         part = self._part(name)
         return part.sources[0][1] if part.conversion is None else None
 
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """The matrices of the files that a weight is made of, and where each lies in it: one for
+        a weight that is stored as it is, all experts' for a stack of them.
+
+        Empty where it is not simply made of matrices: what is stored stacked, turned, in parts.
+        """
+        part = self._part(name)
+        if part.conversion is None:
+            tensor = part.sources[0][1]
+            return (Piece(tensor),) if len(tensor.shape) == 2 else ()
+        if len(part.targets) > 1:
+            return ()
+        if name not in self._pieces:
+            of = [t for _, t in part.sources]
+            self._pieces[name] = pieces.find(of, functools.partial(self._marked, part)) or ()
+        return self._pieces[name]
+
+    def _marked(self, part: Part, marks: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What the conversion makes of other values."""
+        instead = {t.name: m for (_, t), m in zip(part.sources, marks, strict=True)}
+        return self._made(part, lambda tensor: instead[tensor.name])[part.targets[0]]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """That a weight is stored in, or the first of what it is made of."""
+        return PLAIN[self._part(name).sources[0][1].fmt.name]
+
     def room(self, names: Iterable[str]) -> tuple[int, int]:
         """Bytes of these tensors in the files; most that is needed beside them while they are
         read: what the largest is made of, twice."""
@@ -111,7 +140,7 @@ class Shards:
         values, a file that became shorter.
         """
         for part in self._of(names):
-            made = self._made(part)
+            made = self._made(part, self.read)
             for name in part.targets:
                 self._check(name, made[name])
                 yield name, made[name].to(self._device, self._dtype(name))
@@ -131,12 +160,18 @@ class Shards:
         found: torch.dtype = next(kept, self._wanted[name].dtype)
         return found
 
-    def _made(self, part: Part) -> Mapping[str, torch.Tensor]:
+    def read(self, tensor: Tensor) -> torch.Tensor:
+        """A tensor of the files, in the dtype that it is stored in."""
+        return read(tensor)
+
+    def _made(
+        self, part: Part, values: Callable[[Tensor], torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
         if part.conversion is None:
-            return {part.targets[0]: read(part.sources[0][1])}
+            return {part.targets[0]: values(part.sources[0][1])}
         conversion = copy.deepcopy(part.conversion)
         for pattern, tensor in part.sources:
-            later = functools.partial(read, tensor)
+            later = functools.partial(values, tensor)
             conversion.add_tensor(part.targets[0], tensor.name, pattern, later)
         try:
             made = conversion.convert(part.targets[0], config=self._config)

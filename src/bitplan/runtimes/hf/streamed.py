@@ -22,7 +22,7 @@ from bitplan.engines import Engine
 from bitplan.errors import ModelFileError, RuntimeFailure
 from bitplan.formats import Format
 from bitplan.runtimes.hf import capture as capturing
-from bitplan.runtimes.hf import layout, memory, opening
+from bitplan.runtimes.hf import filling, layout, memory, opening
 from bitplan.runtimes.hf import walk as walking
 from bitplan.runtimes.hf.model import Array, HfModel, Ints, Rows
 from bitplan.runtimes.hf.rows import flat, spread
@@ -67,8 +67,10 @@ class StreamedModel(HfModel):
         model = opening.skeleton(there, self._dtype, trust=self._trust).requires_grad_(False)
         self.shards = Shards(model, there, self._device)
         blocks = layout.find(model, model.config, self.path)
-        _compute_buffers(model, self._device, self.path)
-        self._load(model, [n for n in self.shards.names if blocks.layer_of(n) is None])
+        filling.compute_buffers(model, self._device, self.path)
+        filling.fill(
+            model, self.shards, [n for n in self.shards.names if blocks.layer_of(n) is None]
+        )
         return model, opening.tokenizer(there, trust=self._trust)
 
     def beside(self, file: Path) -> StreamedModel:
@@ -104,12 +106,12 @@ class StreamedModel(HfModel):
     def _loaded(self, layer: int) -> Iterator[None]:
         names = self._of_block(layer)
         try:
-            self._load(self.model, names)
+            filling.fill(self.model, self.shards, names)
             self.weights = Weights(self.model, self.layout, self.threads)
             yield
         finally:
             for name, empty in (pair for n in names for pair in self.shards.empty(n)):
-                _put(self.model, name, empty)
+                filling.put(self.model, name, empty)
             self.weights = Weights(self.model, self.layout, self.threads)
 
     def stages(self) -> Iterator[int]:
@@ -125,20 +127,10 @@ class StreamedModel(HfModel):
 
     def stored(self, name: str) -> torch.Tensor:
         """A weight in memory as it stands, [.., out, in], in the dtype that the files have."""
-        source = self.shards.source(name)
-        dtype = read(source, slice(0)).dtype if source else opening.dtype_of(self.checkpoint)
-        return self.weights.parameter(name).to(dtype)
+        return self.weights.parameter(name).to(self.shards.dtype(name))
 
     def _of_block(self, layer: int) -> list[str]:
         return [n for n in self.shards.names if self.layout.layer_of(n) == layer]
-
-    def _load(self, model: nn.Module, names: Iterable[str]) -> None:
-        for name, values in self.shards.load(names):
-            aliases = self.shards.empty(name)
-            weighs = isinstance(aliases[0][1], nn.Parameter)
-            real = nn.Parameter(values, requires_grad=False) if weighs else values
-            for alias, _ in aliases:
-                _put(model, alias, real)
 
     # --- what cannot be done, or is done otherwise -----------------------------------------
 
@@ -229,26 +221,3 @@ class StreamedModel(HfModel):
         """Weights in memory not yet seen at work, for the last stage runs the first one again."""
         places = self.weights.places().items()
         return {n: p for n, p in places if not p[1].is_meta and n not in sums.squares}
-
-
-def _put(model: nn.Module, name: str, values: torch.Tensor) -> None:
-    """Give a model a parameter or buffer in the place of the one that it has."""
-    owner, _, own = name.rpartition(".")
-    setattr(model.get_submodule(owner), own, values)
-
-
-def _compute_buffers(model: Any, device: torch.device, path: Path) -> None:
-    """Fill what the files do not hold but transformers computes: rotary frequencies, positions.
-
-    Raises ModelFileError for whole numbers that it would read from the files.
-    """
-    lasting = set(model.state_dict())
-    for name, buffer in list(model.named_buffers()):
-        if name in lasting and not buffer.is_floating_point():
-            raise ModelFileError(
-                f"{path}: {name} holds whole numbers, which are not read block by block; open the"
-                " model in memory."
-            )
-        _put(model, name, torch.empty_like(buffer, device=device))
-        model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = False
-    model.initialize_weights()

@@ -1,8 +1,8 @@
 """From a folder of quantized weights to a PyTorch model that multiplies with just these weights.
 
-Reads folders of compressed-tensors (through plain `from_pretrained`) and of optimum-quanto (through
-its `requantize`); writes nothing. What either library would leave unset or take for something else
-is an error here.
+Reads folders of compressed-tensors (through plain `from_pretrained`; with experts see `decoded`)
+and of optimum-quanto (through its `requantize`); writes nothing. What either library would leave
+unset or take for something else is an error here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from bitplan import stored, written
 from bitplan.errors import BitplanError, ModelFileError, RuntimeFailure, UsageError
-from bitplan.runtimes.hf import opening, walk
+from bitplan.runtimes.hf import decoded, opening, walk
 from bitplan.written import Written
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -51,27 +51,13 @@ def dense(weight: torch.Tensor) -> torch.Tensor:
 def _compressed(there: Written, device: torch.device, dtype: torch.dtype, trust: bool) -> nn.Module:
     """Each layer by its own scheme, unpacked at once rather than when it first runs."""
     _need("compressed_tensors", there)
+    if decoded.is_stacked(opening.skeleton(there, dtype, trust=trust)):
+        return decoded.load(there, device, dtype, trust=trust)
     with _silent():
-        try:
-            model = opening.load(there, device, dtype, trust=trust, mend=_mend_zeros(there))
-        except ModelFileError:
-            if any(p.dim() > 2 for p in opening.skeleton(there, dtype, trust=trust).parameters()):
-                raise _losing(there) from None
-            raise
+        model = opening.load(there, device, dtype, trust=trust, mend=_mend_zeros(there))
         quantizer: Any = model.hf_quantizer
         quantizer.compressor.decompress_model(model)
     return model.requires_grad_(False)
-
-
-def _losing(there: Written) -> ModelFileError:
-    """transformers 5.17 to 5.23 do not stack the experts of a compressed checkpoint: the former
-    goes on with random ones."""
-    import transformers
-
-    return ModelFileError(
-        f"{there.path}: transformers {transformers.__version__} cannot open experts beside"
-        " compressed layers; run it in vLLM, or evaluate its plan on the original checkpoint."
-    )
 
 
 def _mend_zeros(there: Written) -> Callable[[Any, Any], None]:

@@ -19,7 +19,7 @@ from torch import nn
 from bitplan import written
 from bitplan.errors import RuntimeFailure
 from bitplan.formats import Format
-from bitplan.runtimes.hf import devices, opening, unpack, walk
+from bitplan.runtimes.hf import decoded, devices, opening, unpack, walk
 from bitplan.runtimes.hf.model import Array, HfModel, Ints, Rows
 from bitplan.runtimes.hf.rows import flat
 from bitplan.runtimes.hf.shards import Shards
@@ -46,13 +46,27 @@ class WrittenModel(HfModel):
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """Every weight as it is stored: its format and all its bytes."""
-        stored = {t.name: t for t in self.checkpoint.tensors}
+        """Every weight as it is stored: its format and all its bytes; of experts those of all."""
+        stored = {t.name: t for t in self.checkpoint.tensors} | self._stacked
         weights = [w.tensor for w in self.layout.weights.values()]
         return [
             dataclasses.replace(stored[t.name], shape=t.shape) if t.name in stored else t
             for t in weights
         ]
+
+    @functools.cached_property
+    def _stacked(self) -> dict[str, Tensor]:
+        """Weights that the model stacks, as the files hold them: in the widest format of any."""
+        many = [n for n, w in self.layout.weights.items() if len(w.tensor.shape) == 3]
+        if not many or self.checkpoint.method == written.QUANTO:
+            return {}
+        shards, found = decoded.Decoded(self.model, self.checkpoint, self._device), {}
+        for name in many:
+            parts = shards.made_of(name)
+            widest = max(parts, key=lambda t: t.fmt.bits)
+            total = sum(t.nbytes for t in parts)
+            found[name] = dataclasses.replace(widest, name=name, nbytes=total)
+        return found
 
     @property
     def engine(self) -> str:

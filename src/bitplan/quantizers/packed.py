@@ -11,6 +11,9 @@ import torch
 from bitplan.quantizers.integers import Grid, Integers
 from bitplan.schemes import Scheme
 
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+"""All that may be stored of a weight."""
+
 
 def packed(numbers: Integers) -> dict[str, torch.Tensor]:
     """The tensors that stand for one matrix [rows, row], in the order of `stored.parts`."""
@@ -36,12 +39,12 @@ def packed(numbers: Integers) -> dict[str, torch.Tensor]:
 
 
 def unpacked(stored: dict[str, torch.Tensor], scheme: Scheme) -> Integers:
-    """What `packed` was given, on the CPU."""
+    """What `packed` was given, on the CPU; also of whole bytes whose inputs are not rounded."""
     from compressed_tensors.compressors import unpack_from_int32
 
     scale = stored["weight_scale"]
     scale = scale.reshape(1, 1) if scheme.strategy == "tensor" else scale
-    if scheme.activations:
+    if "weight" in stored:
         return Integers(Grid(scheme, scale, torch.zeros_like(scale)), stored["weight"])
     shape = torch.Size(stored["weight_shape"].tolist())
     values = unpack_from_int32(stored["weight_packed"], scheme.bits, shape)
