@@ -104,7 +104,7 @@ class Factor:
             order = diagonal.argsort(descending=True, stable=True).flip(0)
         for share in (damp, *(d for d in _DAMPING if d > damp)):
             for dtype in (torch.float32, torch.float64):
-                lower = gram[order][:, order].to(dtype)
+                lower = gram[order[:, None], order].to(dtype)  # one copy, not two
                 own = lower.diagonal()
                 own += share * diagonal[~dead].mean()
                 own[dead[order]] = 1  # nothing else stands in their rows
@@ -154,23 +154,30 @@ def compensated(weights: torch.Tensor, factor: Factor, hold: Hold, block: int) -
     weights: [row, rows], in the factor's order; steps count down from the last column.
     """
     wanted = weights.to(torch.float32, copy=True)  # of a column that was taken: its error
-
-    def take(first: int, end: int) -> None:
-        if end - first > block:
-            middle = (first + end) // 2
-            take(middle, end)
-            factors = factor.lower[middle:end, first:middle]
-            wanted[first:middle].addmm_(factors.T, wanted[middle:end])
-            take(first, middle)
-            return
-        for step in range(end - 1, first - 1, -1):
-            error = wanted[step]
-            torch.sub(weights[step], hold(step, error), out=error)
-            if step > first:
-                wanted[first:step].addr_(factor.lower[step, first:step], error)
-
-    take(0, len(weights))
+    _take(weights, wanted, factor, hold, block, 0, len(weights))
     return wanted
+
+
+def _take(
+    weights: torch.Tensor, wanted: torch.Tensor, factor: Factor, hold: Hold, block: int,
+    first: int, end: int,
+) -> None:  # fmt: skip
+    """Columns `first` to `end` of `compensated`, the later half before the earlier hears of it.
+
+    No closure: one that calls itself would keep these matrices alive until Python looks for cycles.
+    """
+    if end - first > block:
+        middle = (first + end) // 2
+        _take(weights, wanted, factor, hold, block, middle, end)
+        factors = factor.lower[middle:end, first:middle]
+        wanted[first:middle].addmm_(factors.T, wanted[middle:end])
+        _take(weights, wanted, factor, hold, block, first, middle)
+        return
+    for step in range(end - 1, first - 1, -1):
+        error = wanted[step]
+        torch.sub(weights[step], hold(step, error), out=error)
+        if step > first:
+            wanted[first:step].addr_(factor.lower[step, first:step], error)
 
 
 def _chosen(weights: torch.Tensor, on: Grid, factor: Factor, block: int) -> Integers:

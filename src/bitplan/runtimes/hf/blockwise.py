@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bitplan import machine
 from bitplan.quantizers import Method, awq
 from bitplan.quantizers.gptq import gptq
 from bitplan.quantizers.integers import Integers, nearest, rtn
@@ -39,9 +40,9 @@ class Block:
     """Other parameters of the stage that scaling changed, as the model names them."""
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
     """By how much columns and rows were scaled: see `undoing`."""
-
     tokens: dict[str, list[int]] = field(default_factory=dict)
     """Stacked weight -> how many calibration tokens each expert saw; where GPTQ looked."""
+
 
 def quantized(
     model: StreamedModel,
@@ -63,6 +64,7 @@ def quantized(
             yield _settled(block, left)
         return
     for step in model.walk(rows, as_is=True):
+        machine.give_back()
         block = known(step.layer) or _made(model, step, left, method)
         for name, numbers in block.integers.items():
             model.weights.replace(name, numbers.weights())
@@ -106,6 +108,7 @@ def _made(model: StreamedModel, step: Step, wanted: Mapping[str, Scheme], method
     due = names if step.layer >= 0 else seen  # outside the blocks: where they are multiplied with
     for name in (n for n in due if n not in integers):
         integers[name] = _rounded(model.stored(name), wanted[name], grams, name, method)
+        machine.give_back()
     return Block(step.layer, integers, changed, scales, tokens)
 
 
@@ -116,6 +119,7 @@ def _watched(model: StreamedModel, step: Step, names: Iterable[str]) -> Grams:
     for i, batch in enumerate(step.batches if here else ()):
         with Inputs(here, grams.see, batch.mask):
             step.run(i)
+    machine.give_back()
     return grams
 
 

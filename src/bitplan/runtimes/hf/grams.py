@@ -14,6 +14,8 @@ from bitplan.runtimes.hf.layout import Weight
 
 SAMPLE = 256
 """Tokens whose inputs are kept as they are."""
+AT_ONCE = 1024
+"""Tokens that are widened to float32 together: what that takes is not a matter of the windows."""
 
 Key = tuple[str, int]
 """A weight and which of its matrices."""
@@ -42,13 +44,13 @@ class Grams:
         self._sums.setdefault(key, Sums(inputs)).add(inputs)
         self._last = (key, inputs)
 
-    def __contains__(self, name: str) -> bool:
-        return any(n == name for n, _ in self._of)
     @property
     def keys(self) -> Collection[Key]:
         """All that was seen."""
         return self._of.keys()
 
+    def __contains__(self, name: str) -> bool:
+        return any(n == name for n, _ in self._of)
 
     def mean(self, name: str, matrices: int = 0) -> torch.Tensor:
         """E[x x^T] of a weight's inputs, [row, row] float32; with matrices (experts) [.., row, row]
@@ -74,8 +76,8 @@ class Sums:
 
     def __init__(self, inputs: torch.Tensor) -> None:
         row, like = inputs.shape[-1], {"device": inputs.device, "dtype": torch.float32}
-        self.products = torch.zeros(row, row, **like)
-        """Sum of x x^T."""
+        self.mean = torch.zeros(row, row, **like)
+        """E[x x^T]."""
         self.absolute = torch.zeros(row, **like)
         """Sum of |x|."""
         self.largest = torch.zeros(row, **like)
@@ -84,25 +86,26 @@ class Sums:
         self.sample = inputs[:0].float()
         """The first `SAMPLE` inputs, [tokens, row]."""
 
-    @property
-    def mean(self) -> torch.Tensor:
-        """E[x x^T]."""
-        return self.products / max(self.tokens, 1)
-
     def divide(self, scale: torch.Tensor) -> None:
         """As if every input had been divided by the scale [row]."""
-        inverse = (1 / scale).to(self.products)
-        self.products *= inverse[:, None] * inverse
+        inverse = (1 / scale).to(self.mean)
+        self.mean *= inverse[:, None]
+        self.mean *= inverse
         self.absolute *= inverse
         self.largest *= inverse
         self.sample *= inverse
 
     def add(self, inputs: torch.Tensor) -> None:
-        wide = inputs.float()
-        self.products.addmm_(wide.T, wide)
-        size = wide.abs()
+        for some in inputs.split(AT_ONCE):
+            self._add(some.float())
+
+    def _add(self, inputs: torch.Tensor) -> None:
+        before, self.tokens = self.tokens, self.tokens + len(inputs)
+        share = 1 / max(self.tokens, 1)
+        self.mean.addmm_(inputs.T, inputs, beta=before * share, alpha=share)
+        size = inputs.abs()
         self.absolute += size.sum(0)
         if len(inputs):
             torch.maximum(self.largest, size.amax(0), out=self.largest)
         if len(self.sample) < SAMPLE:
-            self.sample = torch.cat([self.sample, wide])[:SAMPLE]
+            self.sample = torch.cat([self.sample, inputs])[:SAMPLE]
