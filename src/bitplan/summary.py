@@ -69,7 +69,9 @@ def of_plan(plan: Plan) -> str:
         counts[fmt.name] = counts.get(fmt.name, 0) + 1
         layer, role = place_of(tensor)
         roles.setdefault(role, []).append((layer, fmt.bits))
-    low, high = min(f.bits for f in stored.values()), max(f.bits for f in stored.values())
+    # what stays in floats (an embedding that engines load no other way) is off the scale
+    bits = [f.bits for f in stored.values() if not f.is_float] or [f.bits for f in stored.values()]
+    low, high = min(bits), max(bits)
     average = {role: sum(b for _, b in cells) / len(cells) for role, cells in roles.items()}
     mix = [("format", "bits", "tensors", "")]
     mix += [
@@ -78,7 +80,12 @@ def of_plan(plan: Plan) -> str:
     ]
     table = [("role", "bits", "", "by layer")]
     table += [
-        (role, sig(average[role]), bar(average[role], high), _spark(cells, between=(low, high)))
+        (
+            role,
+            sig(average[role]),
+            bar(min(average[role], high), high),
+            _spark([(layer, min(b, high)) for layer, b in cells], between=(low, high)),
+        )
         for role, cells in roles.items()
     ]
     return _lines(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,14 +75,16 @@ class Layout:
     """What the model is written for; decides what must share a format."""
 
     def within(self, shards: Shards, engine: Engine) -> Layout:
-        """As it is stored in a folder's files, and what for."""
+        """As it is stored in a folder's files, and what for: weights have the type of the files,
+        whatever they are opened in."""
         found = shards.entries()
-        for name in (n for n, w in self.weights.items() if w.transposed):
+        weights = {n: _as_stored(w, found[n]) for n, w in self.weights.items()}
+        for name in (n for n, w in self.weights.items() if w.transposed and n in found):
             turned = (
                 dataclasses.replace(e, shape=e.shape[:-2] + e.shape[:-3:-1]) for e in found[name]
             )
             found[name] = tuple(turned)
-        return dataclasses.replace(self, entries=found, engine=engine)
+        return dataclasses.replace(self, weights=weights, entries=found, engine=engine)
 
     def layer_of(self, name: str) -> int | None:
         """`model.layers.3.mlp.up_proj.weight` -> 3; None outside the blocks."""
@@ -142,6 +144,13 @@ class Layout:
             experts=self.engine if name.endswith(engines.EXPERTS) else "",
             entries={t.name: self.entries[t.name] for t in tensors if t.name in self.entries},
         )
+
+
+def _as_stored(weight: Weight, there: Sequence[Entry]) -> Weight:
+    if not there:  # made of what another weight is listed with
+        return weight
+    fmt = formats.get(there[0].dtype.lower())
+    return dataclasses.replace(weight, tensor=dataclasses.replace(weight.tensor, fmt=fmt))
 
 
 def find(model: nn.Module, config: Any, path: Path) -> Layout:
