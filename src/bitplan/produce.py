@@ -12,8 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bitplan import files, formats, quality, quantize_hf, routed, summary_quality, units
-from bitplan.artifacts import Plan, Quantized
+from bitplan import (
+    files,
+    formats,
+    method_gain,
+    quality,
+    quantize_hf,
+    routed,
+    summary,
+    summary_quality,
+    units,
+)
+from bitplan.artifacts import Evaluation, Plan, Quantized
 from bitplan.budget import human
 from bitplan.errors import ArtifactError
 from bitplan.quality import Quality
@@ -56,6 +66,8 @@ class Made:
     folder: Path
     why: str = ""
     """Why its quality is not known."""
+    gain: Evaluation | None = None
+    """Against the same formats rounded to nearest; None for those themselves."""
 
     @property
     def summary(self) -> str:
@@ -67,12 +79,16 @@ class Made:
         )
         warned = "\n".join(f"Warning: {w}" for w in routed.warnings(q.origin.settings))
         told = summary_quality.of_quality(self.quality) if self.quality else self.why
-        return "\n\n".join(part for part in (head, warned, told) if part)
+        gained = " ".join(method_gain.sentences(self.gain, q)) if self.gain else ""
+        wrapped = "\n".join(summary.wrap(gained)) if gained else ""
+        return "\n\n".join(part for part in (head, warned, told, wrapped) if part)
 
     def document(self) -> dict[str, Any]:
         """For programs."""
         judged = json.loads(self.quality.dumps()) if self.quality else None
-        return {"quantized": json.loads(self.quantized.dumps()), "quality": judged}
+        gained = json.loads(self.gain.dumps()) if self.gain else None
+        made = json.loads(self.quantized.dumps())
+        return {"quantized": made, "quality": judged, "evaluation": gained}
 
 
 def run(wanted: Wanted, progress: Progress = lambda *_: None) -> Made:
@@ -96,7 +112,11 @@ def run(wanted: Wanted, progress: Progress = lambda *_: None) -> Made:
         model = subject.model
         assert isinstance(model, HfModel)
         found = judged(model, wanted.out, made, subject.held_out, subject.calibration, progress)
-    return Made(made, found, wanted.out)
+        gain = None
+        if made.method != method_gain.NEAREST:
+            gain = method_gain.run(model, wanted.out, made, subject.held_out, progress)
+            gain.save(wanted.out.with_name("evaluation.json"))
+    return Made(made, found, wanted.out, gain=gain)
 
 
 def judged(

@@ -128,9 +128,12 @@ def _compressed(order: Order, facts: ModelFacts, progress: Progress) -> tuple[Or
             model.checkpoint, model.layout, model.shards, wanted, kept.get, order.out,
             progress=progress,
         )  # fmt: skip
-        undoing.write(order.out, kept.scales())
+        scales = kept.scales()
+        undoing.write(order.out, scales)
         row = {n: w.tensor.shape[-1] for n, w in model.layout.weights.items()}
         more = routed.settings(kept.tokens(), row)
+        if method.scaling == "smoothquant":
+            more = {**more, "smoothing": undoing.smoothing(scales)}
         kept.forget()
     return origin.model_copy(update={"settings": {**origin.settings, **more}}), nbytes
 

@@ -28,7 +28,7 @@ from bitplan.runtimes.hf import pieces
 from bitplan.runtimes.hf.blockwise import Block
 from bitplan.runtimes.hf.pieces import Piece
 from bitplan.runtimes.hf.shards import Shards
-from bitplan.runtimes.hf.undoing import COLUMNS, ROWS
+from bitplan.runtimes.hf.undoing import COLUMNS, ROWS, SMOOTHING
 from bitplan.schemes import Scheme
 
 _TOKENS = "tokens:"
@@ -158,7 +158,7 @@ class Blocks:
 
 
 def _is_scale(name: str) -> bool:
-    return name.startswith((COLUMNS, ROWS))
+    return name.startswith((COLUMNS, ROWS, SMOOTHING))
 
 
 def _scheme(name: str) -> Scheme:
