@@ -15,7 +15,7 @@ from bitplan.metrics import Tokens
 from bitplan.setting import Setting
 from bitplan.studies import Case, Cases, Measured, Variant
 from bitplan.subject import Subject
-from bitplan.units import layer_and_role
+from bitplan.units import place_of
 
 COUNT = 4000
 
@@ -47,7 +47,7 @@ def cases(name: str, subject: Subject, options: Any, cost: Cost, noise: float = 
     hard /= hard.mean()
     found = {}
     for i, row in enumerate(study.listed(name, subject, options)):
-        seen = {layer_and_role(t)[0]: fmt for t, fmt in row.variant.types.items()}
+        seen = {place_of(t)[0]: fmt for t, fmt in row.variant.types.items()}
         total = sum(cost(layer, fmt) for layer, fmt in seen.items() if layer is not None)
         own = hard * (1 + np.random.default_rng(100 + i).normal(0, noise, COUNT))
         found[row.variant.name] = Case(
