@@ -46,7 +46,7 @@ from bitplan.setting import Setting
 from bitplan.sources.hf import HfSource
 from bitplan.subject import Subject
 from bitplan.superweights import search
-from bitplan.writers import converted
+from bitplan.writers import converted, experts
 
 Progress = Callable[[str, int, int], None]
 
@@ -92,6 +92,7 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
     """Everything that `bitplan auto DIR` does. Raises what the stages raise, as early as it can."""
     request = _settled(request)
     source = HfSource(request.path, request.setting)
+    experts.check_plan(source.layout, source.shards)
     wanted = _candidates(request)
     budget = _checked_budget(request, source, wanted)
     with Subject(request.path, request.out, request.setting, progress) as subject:
@@ -189,20 +190,31 @@ def _faster(path: Path, setting: Setting) -> Setting:
 
 
 def _candidates(request: Request) -> list[Format]:
+    """The formats to choose among. Raises UsageError for what no one folder holds."""
     wanted = formats.parse(request.formats, formats.DEFAULT_HF)
+    kinds = {f.scheme.kind for f in wanted if f.scheme}
+    foreign = [f.name for f in wanted if not _is_written(f)]
+    if foreign:
+        raise UsageError(
+            f"{foreign[0]} is no choice of a plan for a folder of safetensors; choose integers such"
+            " as int4-g128, or quanto's formats."
+        )
+    if len(kinds) > 1:
+        names = ", ".join(f.name for f in wanted)
+        raise UsageError(f"no one folder holds {names}: choose quanto's formats, or integers.")
     odd = [f.name for f in wanted if f.scheme and f.scheme.bits not in (2, 4, 8)]
     if odd and not request.odd_bits:
         raise UsageError(
             f"{', '.join(odd)}: packed otherwise by compressed-tensors before 0.18; pass --odd-bits"
             " if the engine has a newer one."
         )
-    foreign = [f.name for f in wanted if f.scheme is None or f.scheme.activations]
-    if foreign:
-        raise UsageError(
-            f"{foreign[0]} is no choice of a plan for a folder of safetensors; choose integers such"
-            " as int4-g128, or quanto's formats."
-        )
     return wanted
+
+
+def _is_written(fmt: Format) -> bool:
+    """Whether folders are written with it: SpQR's formats, for one, are for measuring alone."""
+    scheme = fmt.scheme
+    return scheme is not None and scheme.kind in ("int", "quanto") and not scheme.activations
 
 
 def _settings(request: Request, wanted: Sequence[Format]) -> measure.Settings:
@@ -227,13 +239,14 @@ def _checked_budget(request: Request, source: HfSource, wanted: Sequence[Format]
         request.size, request.bpw, None, request.max_kl, weights=source.facts.weights,
         ctx=request.setting.ctx, model=request.path,
     )  # fmt: skip
-    low = high = source.size(units.everywhere(source.units(), wanted[-1].name), ())[0]
-    sizes = [
-        [u.nbytes(f) for f in units.candidates(u, wanted)] + [u.stored({})] for u in source.units()
-    ]
-    rest = low - sum(u.nbytes(wanted[-1]) for u in source.units())
+    own = source.units()
+    rest = source.size(units.everywhere(own, wanted[-1].name), ())[0]
+    rest -= sum(u.nbytes(wanted[-1]) for u in own)
+    sizes = [[u.nbytes(f) for f in units.candidates(u, wanted)] + [u.stored({})] for u in own]
     low, high = rest + sum(map(min, sizes)), rest + sum(map(max, sizes))
     preflight.check_budget(budget, low, high)
+    if not request.max_kl and budget.bytes >= rest + sum(u.stored({}) for u in own):
+        raise UsageError(f"{request.path}: fits {budget.text} as it is; choose a smaller budget.")
     preflight.check_disk(request.out, 3 * (budget.bytes or high))
     return budget
 

@@ -9,6 +9,7 @@ model by the one scheme that it finds first. What vLLM loads, transformers loads
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Literal
 
 from bitplan.errors import UnknownNameError
@@ -62,3 +63,13 @@ def refuses_experts(engine: Engine, scheme: Scheme) -> str:
     if engine == "transformers" and scheme.activations:
         return "loads no experts whose inputs are rounded"
     return ""
+
+
+def transformers_opens(experts: Collection[Scheme | None]) -> bool:
+    """Whether plain transformers opens a quantized folder whose experts have these schemes (None:
+    floats); with none at all it does."""
+    if not experts:
+        return True
+    first = next(iter(experts))
+    alike = all(scheme == first for scheme in experts)
+    return alike and first is not None and not refuses_experts("transformers", first)

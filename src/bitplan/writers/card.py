@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from bitplan import formats, routed
+from bitplan import engines, formats, routed
 from bitplan.artifacts import ModelFacts, Quantized
 from bitplan.budget import human
 from bitplan.quality import Quality
@@ -48,20 +48,20 @@ def _formats(made: Quantized) -> str:
 def _loading(made: Quantized) -> str:
     if made.origin.engine.startswith("optimum-quanto"):
         return _QUANTO.format(name=made.file)
-    both = _TRANSFORMERS.format(name=made.file)
-    return both + (_VLLM.format(name=made.file) if made.engine == "vllm" else "")
+    experts = [formats.get(f).scheme for n, f in made.tensors.items() if f"{engines.EXPERTS}." in n]
+    opens = engines.transformers_opens(experts)
+    parts = ["## How to load it", _TRANSFORMERS.format(name=made.file) if opens else _NOT_EXPERTS]
+    return "\n\n".join([*parts, *([_VLLM.format(name=made.file)] if made.engine == "vllm" else [])])
 
 
-_TRANSFORMERS = """## How to load it
-
-```python
+_TRANSFORMERS = """```python
 from transformers import AutoModelForCausalLM  # needs `pip install compressed-tensors`
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```"""
-_VLLM = """
-
-```sh
+_NOT_EXPERTS = """Not with plain transformers: up to 5.23 it unpacks all experts of a model by one
+scheme, and these have several, or one that it does not unpack. vLLM opens it, bitplan does."""
+_VLLM = """```sh
 vllm serve {name}
 ```"""
 _QUANTO = """## How to load it

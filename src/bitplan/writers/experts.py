@@ -48,6 +48,18 @@ def check(layout: Layout, shards: Shards, types: Mapping[str, str]) -> None:
             _check_one(layout, unit, sorted(names))
 
 
+def check_plan(layout: Layout, shards: Shards) -> None:
+    """Whether plans of several formats can be written for the layout's engine, before any is made.
+
+    Raises UsageError for experts that it loads in one format for the whole model.
+    """
+    if layout.engine == "transformers" and stacked(layout, shards):
+        raise UsageError(
+            "transformers loads all experts of a model in one format, so there is little to plan;"
+            " plan for --engine vllm, or write one format: bitplan quantize --format."
+        )
+
+
 def _check_one(layout: Layout, unit: str, told: Sequence[str]) -> None:
     engine = layout.engine
     if len(told) > 1:

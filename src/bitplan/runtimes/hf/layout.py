@@ -78,7 +78,7 @@ class Layout:
         """As it is stored in a folder's files, and what for: weights have the type of the files,
         whatever they are opened in."""
         found = shards.entries()
-        weights = {n: _as_stored(w, found[n]) for n, w in self.weights.items()}
+        weights = {n: _as_stored(w, found.get(n, ())) for n, w in self.weights.items()}
         for name in (n for n, w in self.weights.items() if w.transposed and n in found):
             turned = (
                 dataclasses.replace(e, shape=e.shape[:-2] + e.shape[:-3:-1]) for e in found[name]
@@ -147,7 +147,7 @@ class Layout:
 
 
 def _as_stored(weight: Weight, there: Sequence[Entry]) -> Weight:
-    if not there:  # made of what another weight is listed with
+    if not there:  # made of what another weight is listed with, or quantized in the files
         return weight
     fmt = formats.get(there[0].dtype.lower())
     return dataclasses.replace(weight, tensor=dataclasses.replace(weight.tensor, fmt=fmt))
