@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from bitplan import engines, formats
 from bitplan.errors import UsageError
+from bitplan.formats import Format
 from bitplan.runtimes.hf.layout import ROUTERS, Layout
 from bitplan.runtimes.hf.shards import Shards
 
@@ -48,12 +49,13 @@ def check(layout: Layout, shards: Shards, types: Mapping[str, str]) -> None:
             _check_one(layout, unit, sorted(names))
 
 
-def check_plan(layout: Layout, shards: Shards) -> None:
-    """Whether plans of several formats can be written for the layout's engine, before any is made.
+def check_plan(layout: Layout, shards: Shards, wanted: Iterable[Format]) -> None:
+    """Whether plans of these formats can be written for the layout's engine, before any is made.
 
     Raises UsageError for experts that it loads in one format for the whole model.
     """
-    if layout.engine == "transformers" and stacked(layout, shards):
+    integers = any(f.scheme and f.scheme.kind == "int" for f in wanted)
+    if integers and layout.engine == "transformers" and stacked(layout, shards):
         raise UsageError(
             "transformers loads all experts of a model in one format, so there is little to plan;"
             " plan for --engine vllm, or write one format: bitplan quantize --format."
