@@ -163,18 +163,17 @@ def _told(
 
 def _settled(request: Request) -> Request:
     """With a folder in the place of a GGUF file, and variants rounded as the method rounds."""
-    kinds = {f.scheme.kind for f in _candidates(request) if f.scheme}
-    name, path = request.method.name, request.path
-    if "quanto" in kinds and name != "rtn":
-        raise UsageError(
-            f"--method {name}: quanto's formats are rounded to nearest; choose integers such as"
-            " int4-g128, or --method rtn."
-        )
+    path = request.path
     if not path.is_dir():
         path = converted.folder_of(path, request.out)
     setting = replace(request.setting, runtime="hf", method=request.method.rounding)
-    if "quanto" in kinds:  # it runs its folders in no other type than they are stored in
-        return replace(request, path=path, setting=replace(setting, engine="transformers"))
+    if any(f.scheme and f.scheme.kind == "quanto" for f in _candidates(request)):
+        if request.method != Method():
+            raise UsageError(
+                f"--method {request.method.name}: quanto's formats are rounded to nearest; choose"
+                " integers such as int4-g128, or --method rtn."
+            )
+        setting = replace(setting, engine="transformers")
     return replace(request, path=path, setting=_faster(path, setting))
 
 
@@ -191,7 +190,7 @@ def _faster(path: Path, setting: Setting) -> Setting:
 
 
 def _candidates(request: Request) -> list[Format]:
-    """The formats to choose among. Raises UsageError for those that no one folder holds."""
+    """The formats to choose among. Raises UsageError for what no one folder holds."""
     wanted = formats.parse(request.formats, formats.DEFAULT_HF)
     kinds = {f.scheme.kind for f in wanted if f.scheme}
     foreign = [f.name for f in wanted if not _is_written(f)]
@@ -200,8 +199,8 @@ def _candidates(request: Request) -> list[Format]:
             f"{foreign[0]} is no choice of a plan for a folder of safetensors; choose integers such"
             " as int4-g128, or quanto's formats."
         )
-    if len(set(kinds.values())) > 1:
-        names = ", ".join(kinds)
+    if len(kinds) > 1:
+        names = ", ".join(f.name for f in wanted)
         raise UsageError(f"no one folder holds {names}: choose quanto's formats, or integers.")
     odd = [f.name for f in wanted if f.scheme and f.scheme.bits not in (2, 4, 8)]
     if odd and not request.odd_bits:
@@ -222,8 +221,9 @@ def _settings(request: Request, wanted: Sequence[Format]) -> measure.Settings:
     scorers.get(request.scorer)
     default = [formats.get(n) for n in PROBES] if request.formats == "default" else []
     probes = formats.parse(request.probes) if request.probes else default
-    group, seed = options.grouping(request.group), request.setting.seed
-    return measure.Settings(wanted, request.scorer, group, probes, request.full, seed)
+    grouping = options.grouping(request.group)
+    seed = request.setting.seed
+    return measure.Settings(wanted, request.scorer, grouping, probes, request.full, seed)
 
 
 def _checked_budget(request: Request, source: HfSource, wanted: Sequence[Format]) -> Budget:
