@@ -75,7 +75,8 @@ def _check_one(layout: Layout, name: str, fmt: Format, odd_bits: bool) -> None:
             f"{name}: {fmt.name} is nothing that compressed-tensors folders are written with here;"
             " choose integers such as int4-g128."
         )
-    if weight.transposed or name == layout.embedding:
+    turned = weight.transposed and len(weight.tensor.shape) == 2  # of experts: see experts.check
+    if turned or name == layout.embedding:
         raise UsageError(
             f"{name}: is no plain linear layer (nn.Linear), and engines load integers for no other;"
             f" keep it with --keep '{name.removesuffix('.weight')}={weight.tensor.fmt.name}'."

@@ -33,10 +33,10 @@ def check(layout: Layout, shards: Shards, types: Mapping[str, str]) -> None:
     or needs to be the same.
     """
     for name in (n for n, f in types.items() if formats.get(f).scheme):
-        if not shards.pieces(name):
+        if not shards.pieces(name) or layout.weights[name].transposed:
             raise UsageError(
-                f"{name}: its matrices do not lie one by one in the files, as engines load integers"
-                f" of them; keep it with --keep '{name.removesuffix('.weight')}="
+                f"{name}: its matrices do not lie one by one in the files, and engines load"
+                f" integers of no others; plan with --keep '{name.removesuffix('.weight')}="
                 f"{layout.weights[name].tensor.fmt.name}'."
             )
     found: dict[str, set[str]] = {}

@@ -53,16 +53,16 @@ class Decoded(Shards):
         return unpacked({p: self._get(module + p) for p in there}, tensor.fmt.scheme).weights()
 
     def _get(self, name: str) -> torch.Tensor:
-        with safe_open(self._places[name], "pt") as file:
-            found: torch.Tensor = file.get_tensor(name)
-            return found
+        found: torch.Tensor = self._places[name].get_tensor(name)
+        return found
 
     @cached_property
-    def _places(self) -> dict[str, Path]:
+    def _places(self) -> dict[str, Any]:
+        """Name -> the open file that it is in: experts are many, and so are names in a header."""
         found = {}
         for path in self._files:
-            with safe_open(path, "pt") as file:
-                found.update(dict.fromkeys(file.keys(), path))
+            file: Any = safe_open(path, "pt")
+            found.update(dict.fromkeys(file.keys(), file))
         return found
 
 
