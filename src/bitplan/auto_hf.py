@@ -163,17 +163,18 @@ def _told(
 
 def _settled(request: Request) -> Request:
     """With a folder in the place of a GGUF file, and variants rounded as the method rounds."""
-    path = request.path
+    kinds = {f.scheme.kind for f in _candidates(request) if f.scheme}
+    name, path = request.method.name, request.path
+    if "quanto" in kinds and name != "rtn":
+        raise UsageError(
+            f"--method {name}: quanto's formats are rounded to nearest; choose integers such as"
+            " int4-g128, or --method rtn."
+        )
     if not path.is_dir():
         path = converted.folder_of(path, request.out)
     setting = replace(request.setting, runtime="hf", method=request.method.rounding)
-    if any(f.scheme and f.scheme.kind == "quanto" for f in _candidates(request)):
-        if request.method != Method():
-            raise UsageError(
-                f"--method {request.method.name}: quanto's formats are rounded to nearest; choose"
-                " integers such as int4-g128, or --method rtn."
-            )
-        setting = replace(setting, engine="transformers")
+    if "quanto" in kinds:  # it runs its folders in no other type than they are stored in
+        return replace(request, path=path, setting=replace(setting, engine="transformers"))
     return replace(request, path=path, setting=_faster(path, setting))
 
 
@@ -185,23 +186,24 @@ def _faster(path: Path, setting: Setting) -> Setting:
     half = opening.dtype_of(source.checkpoint) == torch.float16 and setting.dtype == "auto"
     free = machine.available_memory()
     room = free is None or 4 * source.checkpoint.weights < free / 2
-    on_cpu = devices.device_of(setting.device).type == "cpu"
-    return replace(setting, dtype="float32") if half and room and on_cpu else setting
+    suits = half and room and devices.device_of(setting.device).type == "cpu"
+    return replace(setting, dtype="float32") if suits else setting
 
 
 def _candidates(request: Request) -> list[Format]:
-    """The formats to choose among. Raises UsageError for what no one folder holds."""
+    """The formats to choose among. Raises UsageError for those that no one folder holds."""
     wanted = formats.parse(request.formats, formats.DEFAULT_HF)
-    kinds = {f.scheme.kind for f in wanted if f.scheme}
-    foreign = [f.name for f in wanted if not _is_written(f)]
+    kinds = {f.name: f.scheme.kind if f.scheme and not f.scheme.activations else "" for f in wanted}
+    foreign = [name for name, kind in kinds.items() if kind not in ("int", "quanto")]
     if foreign:
         raise UsageError(
             f"{foreign[0]} is no choice of a plan for a folder of safetensors; choose integers such"
             " as int4-g128, or quanto's formats."
         )
-    if len(kinds) > 1:
-        names = ", ".join(f.name for f in wanted)
-        raise UsageError(f"no one folder holds {names}: choose quanto's formats, or integers.")
+    if len(set(kinds.values())) > 1:
+        raise UsageError(
+            f"no one folder holds {', '.join(kinds)}: choose quanto's formats, or integers."
+        )
     odd = [f.name for f in wanted if f.scheme and f.scheme.bits not in (2, 4, 8)]
     if odd and not request.odd_bits:
         raise UsageError(
@@ -211,19 +213,12 @@ def _candidates(request: Request) -> list[Format]:
     return wanted
 
 
-def _is_written(fmt: Format) -> bool:
-    """Whether folders are written with it: SpQR's formats, for one, are for measuring alone."""
-    scheme = fmt.scheme
-    return scheme is not None and scheme.kind in ("int", "quanto") and not scheme.activations
-
-
 def _settings(request: Request, wanted: Sequence[Format]) -> measure.Settings:
     scorers.get(request.scorer)
     default = [formats.get(n) for n in PROBES] if request.formats == "default" else []
     probes = formats.parse(request.probes) if request.probes else default
-    grouping = options.grouping(request.group)
-    seed = request.setting.seed
-    return measure.Settings(wanted, request.scorer, grouping, probes, request.full, seed)
+    group, seed = options.grouping(request.group), request.setting.seed
+    return measure.Settings(wanted, request.scorer, group, probes, request.full, seed)
 
 
 def _checked_budget(request: Request, source: HfSource, wanted: Sequence[Format]) -> Budget:
@@ -245,7 +240,7 @@ def _checked_budget(request: Request, source: HfSource, wanted: Sequence[Format]
     sizes = [[u.nbytes(f) for f in units.candidates(u, wanted)] + [u.stored({})] for u in own]
     low, high = rest + sum(map(min, sizes)), rest + sum(map(max, sizes))
     preflight.check_budget(budget, low, high)
-    if not request.max_kl and budget.bytes >= rest + sum(u.stored({}) for u in own):
+    if not request.max_kl and budget.bytes >= source.nbytes:
         raise UsageError(f"{request.path}: fits {budget.text} as it is; choose a smaller budget.")
     preflight.check_disk(request.out, 3 * (budget.bytes or high))
     return budget
