@@ -6,10 +6,12 @@ under their own names; logits with those of the model rounded in memory.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,7 @@ from bitplan.quantizers import parse
 from bitplan.quantizers.gptq import gptq
 from bitplan.quantizers.integers import Integers, rtn
 from bitplan.runtimes.hf import StreamedModel, experts, pieces
+from bitplan.runtimes.hf.layout import Weight
 from bitplan.runtimes.hf.pieces import Piece
 from bitplan.runtimes.hf.written import WrittenModel
 from bitplan.setting import Setting
@@ -246,6 +249,41 @@ def test_each_layer_has_its_own_format_and_transformers_is_not_asked(
         write(source, types, tmp_path / "other", engine="transformers")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_for_transformers_has_its_output_quantized_too(
+    kind: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source, rows = sources[kind], hf_models.windows(kind, 2)
+    types = everywhere(source, "int4-g32", "transformers")
+    assert types["lm_head.weight"] == "int4-g32"
+    made = write(source, types, tmp_path / "out", engine="transformers")
+    assert made.bytes == HfSource(source, setting("transformers")).size(types, ())[0]
+    expected = in_memory(source, types, rows)
+    assert np.array_equal(plain(tmp_path / "out", rows), expected)
+    with opened(tmp_path / "out") as model:
+        assert np.array_equal(logits(model, rows), expected)
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "awq"])
+def test_scaling_leaves_experts_alone(
+    method: str, sources: dict[str, Path], tmp_path: Path, text: str
+) -> None:
+    """What enters them enters the router too, which nothing scales."""
+    source = sources["qwen2_moe"]
+    types = everywhere(source, "w8a8" if method == "smoothquant" else "int8-g32")
+    made = write(source, types, tmp_path / "out", method, text=text)
+    write(source, types, tmp_path / "nearest")
+    own, scaled = state(tmp_path / "nearest"), state(tmp_path / "out")
+    same = {n for n in own if np.array_equal(own[n], scaled[n])}
+    assert all(n in same for n in own if ".experts." in n)
+    assert not any(f"layers.1.self_attn.q_proj.{p}" in n for n in same for p in ("weight_scale",))
+    assert routed.KEY not in made.origin.settings
+    with opened(tmp_path / "out") as model, hf_models.opened(source) as reference:
+        rows = hf_models.windows("qwen2_moe", 2)
+        gap = np.abs(logits(model, rows) - logits(reference, rows)).max()
+    assert gap < 0.5  # of 8 bits; scales that were not made up for move logits by their size, 4
+
+
 def test_a_16_bit_model_keeps_its_type(tmp_path: Path) -> None:
     source = hf_models.write("mixtral", tmp_path / "source", dtype=torch.bfloat16)
     types, rows = everywhere(source, "int4-g32"), hf_models.windows("mixtral", 2)
@@ -334,6 +372,27 @@ def test_passes_of_some_experts_give_the_same(sources: dict[str, Path]) -> None:
                     assert torch.equal(once[name].values, often[name].values)
                     assert torch.equal(once[name].grid.scale, often[name].grid.scale)
                     assert torch.equal(once[name].values, some[name].values)
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=4),
+    most=st.integers(1, 300),
+)
+def test_every_expert_is_watched_once_within_the_limit(
+    shapes: list[tuple[int, int]], most: int
+) -> None:
+    model: Any = SimpleNamespace(layout=SimpleNamespace(weights={}))
+    for i, (count, row) in enumerate(shapes):
+        model.layout.weights[f"w{i}"] = Weight(tensors([(count, 2, row)])[0], f"w{i}", False)
+    names = list(model.layout.weights)
+    passes = list(experts._passes(model, names, most))
+    every = [(f"w{i}", m) for i, (count, _) in enumerate(shapes) for m in range(count)]
+    assert [key for some in passes for key in some] == every
+    room = {f"w{i}": 4 * row**2 for i, (_, row) in enumerate(shapes)}
+    for some in passes:
+        assert len(some) == 1 or sum(room[name] for name, _ in some) <= most
+    for some, following in itertools.pairwise(passes):  # no pass is cut short
+        assert sum(room[name] for name, _ in [*some, following[0]]) > most
 
 
 def counted(step: Any) -> list[int]:
