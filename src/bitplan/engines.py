@@ -53,6 +53,18 @@ def loads_outside(engine: Engine) -> bool:
     return engine != "vllm"
 
 
+def refuses(engine: Engine, scheme: Scheme) -> str:
+    """Why it does not load a linear layer in a scheme (vLLM up to 0.27, transformers 5.23): the end
+    of a sentence; empty where it does."""
+    if engine == "vllm" and scheme.strategy == "tensor":
+        return "loads no integers with one scale for a matrix"
+    if engine == "vllm" and not scheme.symmetric and scheme.bits not in (4, 8):
+        return "loads zero points of 4 and 8 bits alone"
+    if engine == "transformers" and not scheme.symmetric and scheme.strategy != "tensor":
+        return "makes no room for packed zero points in version 5, and refuses the folder"
+    return ""
+
+
 def refuses_experts(engine: Engine, scheme: Scheme) -> str:
     """Why it does not load experts in a scheme (vLLM up to 0.27, transformers 5.23): the end of a
     sentence; empty where it does."""

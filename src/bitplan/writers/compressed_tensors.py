@@ -7,15 +7,12 @@ beside them. Sizes are known to the byte before anything is quantized.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bitplan import formats, safetensors_file, safetensors_layout, stored
+from bitplan import engines, formats, safetensors_file, safetensors_layout, schemes, stored
 from bitplan.checkpoint import Checkpoint
 from bitplan.checkpoint_files import CONFIG
 from bitplan.errors import UsageError, WriteError
@@ -23,9 +20,8 @@ from bitplan.formats import Format
 from bitplan.runtimes.hf.layout import Layout
 from bitplan.runtimes.hf.shards import Shards, entry, read
 from bitplan.safetensors_layout import Entry
-from bitplan.schemes import Scheme
 from bitplan.tensors import Tensor
-from bitplan.writers import experts, folder, safetensors
+from bitplan.writers import compressed_config, experts, folder, safetensors
 
 SAFE_BITS = (2, 4, 8)
 """Whose packing has been the same in every version of compressed-tensors."""
@@ -81,10 +77,15 @@ def _check_one(layout: Layout, name: str, fmt: Format, odd_bits: bool) -> None:
             f"{name}: is no plain linear layer (nn.Linear), and engines load integers for no other;"
             f" keep it with --keep '{name.removesuffix('.weight')}={weight.tensor.fmt.name}'."
         )
-    if not scheme.symmetric and layout.engine == "transformers":
+    if why := engines.refuses(layout.engine, scheme):
         raise UsageError(
-            f"{name}: transformers 5 makes no room for the zero points of {fmt.name} and refuses"
-            f" the folder; choose {fmt.name.removesuffix('-asym')}, or write for --engine vllm."
+            f"{name}: {layout.engine} {why}; choose another format than {fmt.name}, or another"
+            " --engine."
+        )
+    if schemes.fitting(scheme, weight.tensor.shape[-1]) != scheme:
+        raise UsageError(
+            f"{name}: rows of {weight.tensor.shape[-1]} do not divide by the groups of {fmt.name};"
+            " plan again, plans have the format that fits."
         )
     if scheme.bits not in SAFE_BITS and not odd_bits:
         raise UsageError(
@@ -143,7 +144,9 @@ def write(
             safetensors.write(partial / file, entries, tensors)
         folder.write_index(partial, planned)
         folder.copy_beside(checkpoint.path, partial)
-        folder.write_json(partial / CONFIG, config(checkpoint, layout, shards, types))
+        folder.write_json(
+            partial / CONFIG, compressed_config.config(checkpoint, layout, shards, types)
+        )
         for name, text in (beside or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
         verify(partial, layout, shards, types, needed)
@@ -157,96 +160,6 @@ def _tensors(
         values = made(each.name)
         yield each.name, read(places[each.name]) if values is None else values
         done(each.name)
-
-
-# --- config.json ------------------------------------------------------------------------------
-
-
-def config(
-    checkpoint: Checkpoint, layout: Layout, shards: Shards, types: Mapping[str, str]
-) -> dict[str, Any]:
-    """The source's config with a group for each scheme, whose targets name its layers."""
-    import compressed_tensors
-
-    groups: dict[str, list[str]] = {}
-    for name, fmt in types.items():
-        if formats.get(fmt).scheme:
-            groups.setdefault(fmt, []).append(name)
-    many = {*experts.stacked(layout, shards)}
-    kept = [n for n in layout.weights if n not in _quantized(types)]
-    ignored = [n.removesuffix(".weight") for n in kept if n not in many]
-    ignored += experts.targets(layout, shards, (n for n in kept if n in many))
-    schemes = {f: _scheme(f) for f in groups}
-    written = {
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "format": _format(list(schemes.values())),
-        "config_groups": {
-            f"group_{i}": _group(scheme, _targets(layout, shards, groups[fmt]))
-            for i, (fmt, scheme) in enumerate(sorted(schemes.items()))
-        },
-        "ignore": sorted([*ignored, *experts.routers(shards)]),
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-        "version": compressed_tensors.__version__,
-    }
-    return {**checkpoint.config, "quantization_config": written}
-
-
-def _quantized(types: Mapping[str, str]) -> set[str]:
-    return {n for n, f in types.items() if formats.get(f).scheme}
-
-
-def _scheme(name: str) -> Scheme:
-    scheme = formats.get(name).scheme
-    assert scheme is not None
-    return scheme
-
-
-def _format(schemes: Sequence[Scheme]) -> str:
-    kinds = Counter("int-quantized" if s.activations else "pack-quantized" for s in schemes)
-    return next(iter(kinds)) if len(kinds) == 1 else "mixed-precision"
-
-
-def _targets(layout: Layout, shards: Shards, names: Sequence[str]) -> list[str]:
-    many = {*experts.stacked(layout, shards)}
-    plain = targets(n.removesuffix(".weight") for n in names if n not in many)
-    return [*plain, *experts.targets(layout, shards, (n for n in names if n in many))]
-
-
-def _group(scheme: Scheme, patterns: Sequence[str]) -> dict[str, Any]:
-    weights = {
-        "num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric,
-        "strategy": scheme.strategy, "group_size": scheme.group or None, "dynamic": False,
-    }  # fmt: skip
-    inputs = {
-        "num_bits": scheme.activations, "type": "int", "symmetric": True, "strategy": "token",
-        "dynamic": True,
-    }  # fmt: skip
-    return {
-        "targets": patterns,
-        "weights": weights,
-        "input_activations": inputs if scheme.activations else None,
-        "output_activations": None,
-        "format": _format([scheme]),
-    }
-
-
-def targets(modules: Iterable[str]) -> list[str]:
-    """Patterns that match these modules and no others, one for all that differ in their numbers.
-
-    Anchored at both ends: `re:^model\\.layers\\.(?:1|12)\\.mlp\\.up_proj$` is not layer 11.
-    """
-    alike: dict[tuple[str, str], list[str]] = {}
-    for module in modules:
-        match = re.search(r"\.(\d+)\.", module)
-        head, tail = (module[: match.start()], module[match.end() :]) if match else (module, "")
-        alike.setdefault((head, tail), []).append(match[1] if match else "")
-    found = []
-    for (head, tail), numbers in alike.items():
-        middle = rf"\.(?:{'|'.join(numbers)})\." if tail else ""
-        found.append(f"re:^{re.escape(head)}{middle}{re.escape(tail)}$")
-    return sorted(found)
 
 
 # --- what was planned is what was written -----------------------------------------------------
@@ -275,27 +188,9 @@ def verify(
         many = len(layout.weights[name].tensor.shape) == 3 and shards.pieces(name)
         own = [name.removesuffix(".weight")]
         for module in experts.modules(layout, shards, name) if many else own:
-            found_scheme = _matching(read_back, module)
+            found_scheme = compressed_config.matching(read_back, module)
             if found_scheme != (fmt.scheme if fmt else None):
                 raise WriteError(
                     f"{where / CONFIG}: {module} would be loaded as {found_scheme}, not"
                     f" {types.get(name)}."
                 )
-
-
-def _matching(config: Any, module: str) -> Scheme | None:
-    """The scheme that compressed-tensors finds for a module; None for floats."""
-    from compressed_tensors.utils.match import is_match
-
-    linear = torch.nn.Linear(1, 1, device="meta")
-    if is_match(module, linear, config.ignore):
-        return None
-    fitting = [g for g in config.config_groups.values() if is_match(module, linear, g.targets)]
-    if len(fitting) != 1:
-        return None
-    weights, inputs = fitting[0].weights, fitting[0].input_activations
-    strategy: Any = str(weights.strategy)
-    return Scheme(
-        "int", weights.num_bits, strategy, weights.group_size or 0,
-        symmetric=weights.symmetric, activations=inputs.num_bits if inputs else 0,
-    )  # fmt: skip

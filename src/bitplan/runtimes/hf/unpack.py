@@ -72,7 +72,7 @@ def _mend_zeros(there: Written) -> Callable[[Any, Any], None]:
 
         wrong = [w for w in notes["mismatched_keys"] if str(w[0]).endswith(".weight_zero_point")]
         for shard in there.shards if wrong else ():
-            state = load_file(shard)
+            state = _as_named(model, load_file(shard))
             for key in [w for w in wrong if w[0] in state]:
                 module = model.get_submodule(key[0].removesuffix(".weight_zero_point"))
                 bits = module.quantization_scheme.weights.num_bits
@@ -83,6 +83,17 @@ def _mend_zeros(there: Written) -> Callable[[Any, Any], None]:
                     notes["mismatched_keys"].discard(key)
 
     return mend
+
+
+def _as_named(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a file by the model's names: some families' files call their output otherwise."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [r for r in rules if not isinstance(r, WeightConverter)]
+    prefix, own = model.base_model_prefix, model.state_dict()
+    return {rename_source_key(n, renamings, [], prefix, own)[0]: v for n, v in state.items()}
 
 
 def _quanto(there: Written, device: torch.device, dtype: torch.dtype, trust: bool) -> nn.Module:
