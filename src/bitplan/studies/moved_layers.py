@@ -72,12 +72,18 @@ def story(cases: Cases, options: Options) -> Story:
         for label, m in zip(labels(cases), cases.models, strict=True)
     ]
     return Story(
-        headline=f"From many bits to few, layer by layer. {beside_chance(rows)}",
+        headline=f"{_moved(rows)}. {beside_chance(rows)}",
         findings=[*against_random(rows), *(_cells(row, options) for row in rows)],
         tables=[_table(rows, options, kl) for kl in (False, True)],
         charts=[_chart(row, i) for i, row in enumerate(rows, 1)],
         notes=_notes(rows, options),
     )
+
+
+def _moved(rows: Sequence[Row]) -> str:
+    """`Layers from qint4 to qint2, least important first`."""
+    pairs = dict.fromkeys(f"{row.found.high} to {row.found.low}" for row in rows)
+    return f"Layers from {' or '.join(pairs)}, least important first"
 
 
 def _cells(row: Row, options: Options) -> Finding:

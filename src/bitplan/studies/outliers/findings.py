@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bitplan.metrics import mean, told
-from bitplan.reporting.wording import with_error
+from bitplan.metrics import told
 from bitplan.results import Finding
 from bitplan.studies import chance, compared, less_lost, rows
 from bitplan.studies.ordered import Curve
@@ -13,24 +12,16 @@ from bitplan.studies.outliers.contest import SAME, Contest
 
 
 def headline(found: Sequence[Contest]) -> str:
-    """Each order against the same share and against chance, and what there is to win."""
+    """`lim: better for a; not told for b.`, for every order against the same share."""
     each = []
     for contest in found:
         for curve in contest.row.found.scored:
             gap, error = contest.over_all(curve, "kl")
-            verdict = f"not told from the {SAME} in all layers"
-            if told(gap, error):
-                verdict = f"{'better' if gap < 0 else 'worse'} than the {SAME} in all layers"
+            verdict = ("better" if gap < 0 else "worse") if told(gap, error) else "not told"
             each.append((curve.name, verdict, contest.row.label))
-    ends = [
-        f"{with_error(*mean(c.first.cases[-1].own.kl - c.first.cases[0].own.kl))} ({c.row.label})"
-        for c in found
-    ]
-    what = f"Between few outliers everywhere and many everywhere lie {', '.join(ends)}"
-    chance = rows.beside_chance([c.row for c in found])
     return (
-        f"At equal bits, {rows.verdicts(each)} Beside chance, {chance} {what}"
-        f" {found[0].row.found.tokens.per} of KL."
+        "More outliers in important layers, against the same share in all, at equal bits."
+        f" {rows.verdicts(each)}"
     )
 
 
