@@ -17,7 +17,7 @@ def table(contest: Contest, options: Options, kl: bool) -> Table:
     return Table(
         title=f"{row.label}: {what}",
         columns=[
-            f"At {options.most:g} %", "All at", "Bits", SAME.capitalize(),
+            f"At {options.most:g} %", "All at", "Formula", "Bits", SAME.capitalize(),
             *(c.name for c in scored), f"random ({len(row.found.random)})",
             *(f"{c.name} less same" for c in scored),
         ],
@@ -36,8 +36,8 @@ def legend(found: Sequence[Contest], options: Options) -> str:
     )
     return (
         f"At {options.most:g} %: so many layers; the others have {options.least:g} % of outliers."
-        f" All at: the {SAME} of outliers in all layers, which takes as many bits. Bits: by the"
-        " formula of the SpQR paper, and in brackets what the layers' matrices take, exact, with"
+        f" All at: the {SAME} of outliers in all layers, which takes as many bits. Formula: average"
+        " bits as the SpQR paper counts them. Bits: what the layers' matrices take, exact, with"
         f" where rows end; both sides agree within {apart:.4f}. Random: mean and spread of the"
         f" random orders. Less same: paired on the same {quality.each}s, * beyond two standard"
         f" errors. Errors of {quality.name}: in the first row of the model, below of the difference"
@@ -53,7 +53,8 @@ def _line(contest: Contest, options: Options, place: int, kl: bool) -> list[str]
     return [
         str(row.layers - step),
         f"{contest.shares[place]:g} %",
-        f"{formula:.2f} ({first.bits[place]:.3f})",
+        f"{formula:.2f}",
+        f"{first.bits[place]:.3f}",
         row.cell(first.cases[place], kl),
         *(row.cell(c.cases[place], kl) for c in row.found.scored),
         row.spread(step, kl),
