@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ from bitplan.quantizers import parse
 from bitplan.quantizers.gptq import gptq
 from bitplan.quantizers.integers import Integers, rtn
 from bitplan.runtimes.hf import StreamedModel, experts, pieces
+from bitplan.runtimes.hf.blockwise import Block
 from bitplan.runtimes.hf.layout import Weight
 from bitplan.runtimes.hf.pieces import Piece
 from bitplan.runtimes.hf.written import WrittenModel
@@ -47,6 +49,7 @@ from bitplan.sources.hf import HfSource
 from bitplan.tensors import Tensor
 from bitplan.writers import card
 from bitplan.writers import experts as writing
+from bitplan.writers.blocks import Blocks
 
 KINDS = ["mixtral", "qwen2_moe", "qwen3_moe"]
 NAMES = {  # transformers' stacked weight -> what the checkpoint calls an expert's matrices
@@ -489,6 +492,25 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 
 
+def test_a_kept_stage_comes_back_as_it_was(sources: dict[str, Path], tmp_path: Path) -> None:
+    source = sources["mixtral"]
+    types = {n: f for n, f in everywhere(source, "int3-g32").items() if "layers.0." in n}
+    scheme = formats.get("int3-g32").scheme
+    assert scheme is not None
+    with StreamedModel(source, ctx=hf_models.CTX, threads=1, device="cpu") as model:
+        kept = Blocks(tmp_path / "blocks", {}, model.shards, types)
+        for layer in model.stages():
+            if layer == 0:
+                numbers = {n: rtn(model.stored(n), scheme) for n in types}
+        kept.add(Block(0, numbers, tokens={GATE_UP.format(0): [3, 0, 7, 1]}))
+        found = kept.known(0)
+    assert found is not None
+    assert found.tokens == kept.tokens() == {GATE_UP.format(0): [3, 0, 7, 1]}
+    assert found.changed == found.scales == {}
+    assert found.integers.keys() == numbers.keys()
+    assert all(same(found.integers[n], numbers[n]) for n in numbers)
+
+
 # --- engines -------------------------------------------------------------------------------------
 
 
@@ -499,6 +521,9 @@ def test_vllm_has_one_format_for_a_layers_experts(sources: dict[str, Path], tmp_
     assert {t.name for t in unit.tensors} == {GATE_UP.format(0), DOWN.format(0)}
     assert {f.name for f in unit.types(formats.get("int4-g64")).values()} == {"int4-g32"}
     assert {f.name for f in unit.types(formats.get("int4-g32")).values()} == {"int4-g32"}
+    # 96 falls to 64 for rows of 64, and that to 32 for rows of 96, whichever comes first
+    for own in (unit, replace(unit, tensors=unit.tensors[::-1])):
+        assert {f.name for f in own.types(formats.get("int4-g96")).values()} == {"int4-g32"}
     offered = units.candidates(
         unit, [formats.get(n) for n in ("int4-g64", "int4-g32-asym", "int4-tensor", "w8a8")]
     )
