@@ -398,6 +398,14 @@ def test_every_expert_is_watched_once_within_the_limit(
         assert sum(room[name] for name, _ in [*some, following[0]]) > most
 
 
+def test_mixtral_takes_five_runs() -> None:
+    """As docs/explanation.md says: 8 experts with rows of 4096 and 14336, 2 GiB at a time."""
+    model: Any = SimpleNamespace(layout=SimpleNamespace(weights={}))
+    for name, row in (("gate_up", 4096), ("down", 14336)):
+        model.layout.weights[name] = Weight(tensors([(8, 2, row)])[0], name, False)
+    assert len([*experts._passes(model, model.layout.weights, experts.MOST)]) == 5
+
+
 def counted(step: Any) -> list[int]:
     """The runs of a step from now on."""
     runs: list[int] = []
