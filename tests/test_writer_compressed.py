@@ -316,7 +316,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("types", "message"),
     [
-        ({UP: "q4_k"}, "no weight is to be quantized"),
+        ({UP: "q4_k"}, "q4_k: nothing that folders of safetensors are quantized to"),
         ({UP: "q4_k", "model.layers.0.mlp.down_proj.weight": "int4-g32"}, "q4_k is nothing that"),
         ({UP: "int4-g32", "model.layers.1.mlp.up_proj.weight": "qint4"}, "no one folder holds"),
         ({UP: "fp8"}, "fp8-channel is nothing that"),
@@ -325,7 +325,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
         ({UP: "int4-g128"}, "rows of 64 do not divide by the groups of int4-g128"),
         ({"model.layers.9.mlp.up_proj.weight": "int4-g32"}, "the plan is for another model"),
         ({"model.embed_tokens.weight": "int4-g32"}, "is no plain linear layer"),
-        ({}, "no weight is to be quantized"),
+        ({}, "floats alone: nothing that folders"),
     ],
 )
 def test_what_cannot_be_written(

@@ -25,7 +25,7 @@ from bitplan import (
 )
 from bitplan.artifacts import Evaluation, Plan, Quantized
 from bitplan.budget import human
-from bitplan.errors import ArtifactError
+from bitplan.errors import ArtifactError, UsageError
 from bitplan.quality import Quality
 from bitplan.quantize_hf import Order
 from bitplan.quantizers import Method
@@ -149,6 +149,12 @@ def _write_card(folder: Path, text: str) -> None:
 def types_of(source: HfSource, wanted: Wanted) -> dict[str, str]:
     """Weight -> format. Raises ArtifactError for the plan of another model, UnknownNameError."""
     if wanted.plan is None:
+        fmt = formats.get(wanted.format)
+        if fmt.scheme is None:
+            raise UsageError(
+                f"{fmt.name}: nothing that folders of safetensors are quantized to; choose formats"
+                " such as int4-g128."
+            )
         return units.everywhere(source.units(), wanted.format)
     if wanted.plan.model.sha256 != source.facts.sha256:
         raise ArtifactError(

@@ -20,13 +20,16 @@ import numpy as np
 
 from bitplan import formats, identity, options, routed
 from bitplan.artifacts import ModelFacts, Origin, Quantized, schema_of
-from bitplan.errors import UsageError
+from bitplan.errors import UsageError, WriteError
 from bitplan.quantizers import Method
 from bitplan.runtimes.hf import StreamedModel, blockwise, undoing
 from bitplan.setting import Setting
 from bitplan.text import Windows
 
 Progress = Callable[[str, int, int], None]
+
+TOKENS = 512
+"""That run together: more are hardly faster, and a block's activations take the room of many."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Order:
     """More that the result was made from, by content hash."""
 
     @property
+    def stages(self) -> Path:
+        """Where the blocks lie until all is written."""
+        return self.out.with_name(self.out.name + ".blocks")
+
+    @property
     def quantized(self) -> dict[str, str]:
         return {n: f for n, f in self.types.items() if formats.get(f).scheme}
 
@@ -55,7 +63,11 @@ class Order:
         """Raises UsageError for formats of different writers, and for none."""
         kinds = {s.kind for f in set(self.quantized.values()) if (s := formats.get(f).scheme)}
         if not kinds:
-            raise UsageError("no weight is to be quantized; choose formats such as int4-g128.")
+            others = {f for f in self.types.values() if not formats.get(f).is_float}
+            raise UsageError(
+                f"{' and '.join(sorted(others)) or 'floats alone'}: nothing that folders of"
+                " safetensors are quantized to; choose formats such as int4-g128."
+            )
         if "quanto" in kinds and len(kinds) > 1:
             names = ", ".join(sorted(set(self.quantized.values())))
             raise UsageError(f"no one folder holds {names}: choose quanto's formats, or integers.")
@@ -70,7 +82,10 @@ def run(order: Order, facts: ModelFacts, progress: Progress = lambda *_: None) -
     """
     from bitplan.writers import folder
 
-    folder.check_free(order.out)
+    if order.setting.fresh:
+        shutil.rmtree(order.stages, ignore_errors=True)
+    if order.by_quanto or not (order.stages / "key.json").exists():
+        folder.check_free(order.out)
     written = _by_quanto if order.by_quanto else _compressed
     origin, nbytes = written(order, facts, progress)
     weights = sorted(order.out.glob("*.safetensors"))
@@ -87,6 +102,7 @@ def run(order: Order, facts: ModelFacts, progress: Progress = lambda *_: None) -
         engine="transformers" if order.by_quanto else order.setting.engine,
     )
     result.save(order.out.with_name("quantized.json"))
+    shutil.rmtree(order.stages, ignore_errors=True)
     return result
 
 
@@ -105,37 +121,56 @@ def _by_quanto(order: Order, facts: ModelFacts, progress: Progress) -> tuple[Ori
 
 def _compressed(order: Order, facts: ModelFacts, progress: Progress) -> tuple[Origin, int]:
     """The stages one after another, then the folder."""
-    from bitplan.writers import blocks, compressed_tensors
+    from bitplan.writers import blocks, compressed_tensors, folder
 
     s, method, wanted = order.setting, order.method, order.quantized
     with opened(order) as model:
-        compressed_tensors.check(model.layout, model.shards, order.types, odd_bits=order.odd_bits)
+        shards, layout = model.shards, model.layout
+        compressed_tensors.check(layout, shards, order.types, odd_bits=order.odd_bits)
         windows = _windows(model, order)
         text = {"text": windows.facts.sha256} if windows else {}
         origin = _origin(order, facts, "compressed-tensors", text, model)
-        stages = order.out.with_name(order.out.name + ".blocks")
-        if s.fresh:
-            shutil.rmtree(stages, ignore_errors=True)
-        kept = blocks.Blocks(stages, origin.model_dump(), model.shards, wanted)
-        schemes = {n: x for n, f in wanted.items() if (x := formats.get(f).scheme)}
-        rows = windows.tokens if windows else np.empty((0, s.ctx), np.int32)
-        total = model.layout.count + 2
-        progress(method.name, 0, total)
-        for block in blockwise.quantized(model, rows, schemes, method, kept.known):
-            kept.add(block)
-            progress(method.name, block.layer + 2, total)
-        nbytes = compressed_tensors.write(
-            model.checkpoint, model.layout, model.shards, wanted, kept.get, order.out,
+        kept = blocks.Blocks(order.stages, origin.model_dump(), shards, wanted)
+        needed = compressed_tensors.predicted(shards, wanted)
+        finished = kept.has(layout.count) and order.out.is_dir() and any(order.out.iterdir())
+        if not finished:  # by a run that was killed after it
+            folder.check_free(order.out)
+            stages = compressed_tensors.made_anew(shards, wanted)
+            _check_room(order, needed + stages - kept.nbytes)
+            schemes = {n: x for n, f in wanted.items() if (x := formats.get(f).scheme)}
+            rows = windows.tokens if windows else np.empty((0, s.ctx), np.int32)
+            total = layout.count + 2
+            progress(method.name, 0, total)
+            for block in blockwise.quantized(model, rows, schemes, method, kept.known):
+                kept.add(block)
+                progress(method.name, block.layer + 2, total)
+    checkpoint = model.checkpoint
+    del model  # its embedding and output take room that writing needs
+    scales = kept.scales()
+    if finished:
+        compressed_tensors.verify(order.out, layout, shards, wanted, needed)
+    else:
+        compressed_tensors.write(
+            checkpoint, layout, shards, wanted, kept.get, order.out, beside=undoing.files(scales),
             progress=progress,
         )  # fmt: skip
-        scales = kept.scales()
-        undoing.write(order.out, scales)
-        row = {n: w.tensor.shape[-1] for n, w in model.layout.weights.items()}
-        more = routed.settings(kept.tokens(), row)
-        if method.scaling == "smoothquant":
-            more = {**more, "smoothing": undoing.smoothing(scales)}
-        kept.forget()
-    return origin.model_copy(update={"settings": {**origin.settings, **more}}), nbytes
+    row = {n: w.tensor.shape[-1] for n, w in layout.weights.items()}
+    more = routed.settings(kept.tokens(), row)
+    if method.scaling == "smoothquant":
+        more = {**more, "smoothing": undoing.smoothing(scales)}
+    return origin.model_copy(update={"settings": {**origin.settings, **more}}), needed
+
+
+def _check_room(order: Order, needed: int) -> None:
+    """Raises WriteError before the work, not after it; nothing is left then."""
+    from bitplan.writers import folder
+
+    try:
+        folder.check_room(order.out, needed)
+    except WriteError:
+        if not any(order.stages.glob("stage-*")):
+            shutil.rmtree(order.stages, ignore_errors=True)
+        raise
 
 
 def opened(order: Order) -> StreamedModel:
@@ -144,10 +179,13 @@ def opened(order: Order) -> StreamedModel:
 
     s = order.setting
     dtype = None if s.dtype == "auto" else getattr(torch, s.dtype)
-    return StreamedModel(
+    model = StreamedModel(
         order.source, ctx=s.ctx, threads=s.threads, device=s.device, dtype=dtype,
         trust=s.trust_remote_code, engine=s.engine,
     )  # fmt: skip
+    if not model.is_classifier:
+        model.parallel = min(model.parallel, max(1, TOKENS // s.ctx))
+    return model
 
 
 def _windows(model: StreamedModel, order: Order) -> Windows | None:

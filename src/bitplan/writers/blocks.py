@@ -8,7 +8,6 @@ them; the writer takes its tensors from here.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bitplan import files, formats
@@ -67,12 +66,16 @@ class Blocks:
     def _path(self, layer: int) -> Path:
         return self._folder / f"stage-{layer + 1:04}.safetensors"
 
+    def has(self, layer: int) -> bool:
+        """Whether a stage is there."""
+        return self._path(layer).exists()
+
     def add(self, block: Block) -> None:
         """Keep a stage, unless it is kept already; on disk when this returns.
 
         Raises ArtifactError.
         """
-        if self._path(block.layer).exists():
+        if self.has(block.layer):
             return
         found: dict[str, torch.Tensor] = {}
         for name, numbers in block.integers.items():
@@ -87,7 +90,8 @@ class Blocks:
         try:
             save_file(found, partial)
             partial.replace(self._path(block.layer))
-        except (OSError, RuntimeError) as error:
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
             raise ArtifactError(
                 f"{self._folder}: cannot be written ({error}); the stages so far are kept, free"
                 " some space and run the same command again."
@@ -152,9 +156,10 @@ class Blocks:
                 found.update(dict.fromkeys(file.keys(), path))
         return found
 
-    def forget(self) -> None:
-        """The model is written: the stages go."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+    @property
+    def nbytes(self) -> int:
+        """Of the stages that are there."""
+        return sum(p.stat().st_size for p in self._folder.glob("stage-*.safetensors"))
 
 
 def _is_scale(name: str) -> bool:

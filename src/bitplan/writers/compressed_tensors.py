@@ -116,6 +116,13 @@ def predicted(shards: Shards, types: Mapping[str, str]) -> int:
     return sum(safetensors_layout.size(entries) for entries in files(shards, types).values())
 
 
+def made_anew(shards: Shards, types: Mapping[str, str]) -> int:
+    """Bytes of what is in no file of the source: what the stages hold until `write` is done."""
+    there = {entry(t) for p in shards.parts for _, t in p.sources}
+    written = (e for entries in files(shards, types).values() for e in entries)
+    return sum(e.nbytes for e in written if e not in there)
+
+
 def write(
     checkpoint: Checkpoint,
     layout: Layout,
@@ -124,13 +131,13 @@ def write(
     made: Kept,
     out: Path,
     *,
-    beside: Mapping[str, str] | None = None,
+    beside: Mapping[str, bytes] | None = None,
     progress: Progress = lambda *_: None,
 ) -> int:
     """Write the folder `out`, which appears whole or not at all; returns its safetensors' bytes.
 
-    types: weight -> format, of all that is quantized. made: see `Kept`. beside: more files of text,
-    name -> content. Raises UsageError when `out` exists, WriteError for all that goes wrong while
+    types: weight -> format, of all that is quantized. made: see `Kept`. beside: more files, name ->
+    content. Raises UsageError when `out` exists, WriteError for all that goes wrong while
     writing, and when what was written is not what was planned.
     """
     planned = files(shards, types)
@@ -147,8 +154,8 @@ def write(
         folder.write_json(
             partial / CONFIG, compressed_config.config(checkpoint, layout, shards, types)
         )
-        for name, text in (beside or {}).items():
-            (partial / name).write_text(text, encoding="utf-8")
+        for name, content in (beside or {}).items():
+            (partial / name).write_bytes(content)
         verify(partial, layout, shards, types, needed)
     return needed
 

@@ -36,10 +36,7 @@ def making(out: Path, needed: int) -> Iterator[Path]:
     check_free(out)
     partial = out.with_name(out.name + ".partial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < needed:
-            raise WriteError(f"{out}: needs {needed:,} bytes, but only {free:,} are free.")
+        check_room(out, needed)
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir()
         yield partial
@@ -51,6 +48,17 @@ def making(out: Path, needed: int) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Make the folder that `out` is to lie in. Raises WriteError where its disk has no room."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise WriteError(
+            f"{out}: needs {needed:,} bytes, but only {free:,} are free; make room or choose"
+            " another folder."
+        )
 
 
 def check_free(out: Path) -> None:

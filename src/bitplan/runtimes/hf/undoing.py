@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bitplan.files import write_bytes
 from bitplan.runtimes.hf.written import WrittenModel
 
 SCALES = "column_scales.npz"
@@ -28,12 +27,13 @@ after, on a sample of the text."""
 Array = npt.NDArray[np.float32]
 
 
-def write(folder: Path, scales: Mapping[str, Array]) -> None:
-    """Keep the scales of a folder; nothing where there are none. Raises ArtifactError."""
-    if scales:
-        held = io.BytesIO()
-        np.savez(held, **scales)  # type: ignore[arg-type]
-        write_bytes(folder / SCALES, held.getvalue())
+def files(scales: Mapping[str, Array]) -> dict[str, bytes]:
+    """The file that keeps a folder's scales, name -> content; none where there are no scales."""
+    if not scales:
+        return {}
+    held = io.BytesIO()
+    np.savez(held, **scales)  # type: ignore[arg-type]
+    return {SCALES: held.getvalue()}
 
 
 def smoothing(scales: Mapping[str, Array]) -> list[dict[str, float | str | None]]:
