@@ -99,13 +99,16 @@ def compared(name: str, args: argparse.Namespace, out: Path) -> str:
     reference = None
     for planner in dict.fromkeys(METHODS.values()):
         wanted = [m for m, p in METHODS.items() if p == planner and m in args.methods.split(",")]
-        setting = replace(base, method="gptq" if planner == "gptq" else "rtn")
-        if planner == "quanto":  # which runs its folders in no other type than they are stored in
-            setting = replace(setting, engine="transformers", dtype="auto")
         if not wanted:
             continue
+        setting = replace(base, method="gptq" if planner == "gptq" else "rtn")
+        if planner == "quanto":
+            setting = replace(setting, engine="transformers")
         with Subject(folder, out / planner, setting, told(name)) as subject:
             cases = cases_of(subject, planner, args.full)
+        if planner == "quanto":  # runs its folders in no other type than they are stored in
+            setting = replace(setting, dtype="auto")
+        with Subject(folder, out / planner, setting, told(name)) as subject:
             for method in wanted:
                 figures = measured_of(subject, method, cases, out / method)
                 reference = reference or figures[()]
@@ -116,7 +119,12 @@ def compared(name: str, args: argparse.Namespace, out: Path) -> str:
         f"{name}: {len(reference.nll)} held-out windows of 512 tokens; perplexity of the original"
         f" {perplexity(reference):.3f}; {versions}, {platform.machine()}, {args.threads} thread(s)."
     )
-    return f"{head}\n\n{table(rows)}\n\n{gains(rows)}"
+    there = {(r.method, r.bits) for r in rows}
+    absent = [
+        f"{m} at {b}" for m in args.methods.split(",") for b in UNIFORM if (m, b) not in there
+    ]
+    last = f"\n\nNothing fits: {', '.join(absent)}." if absent else ""
+    return f"{head}\n\n{table(rows)}{last}\n\n{gains(rows)}"
 
 
 def told(name: str) -> Callable[[str, int, int], None]:
