@@ -210,6 +210,12 @@ def _candidates(request: Request) -> list[Format]:
             f"{', '.join(odd)}: packed otherwise by compressed-tensors before 0.18; pass --odd-bits"
             " if the engine has a newer one."
         )
+    skew = [n for n, kind in kinds.items() if kind == "int" and n.endswith("-asym")]
+    if skew and request.setting.engine == "transformers":
+        raise UsageError(
+            f"{', '.join(skew)}: transformers 5 opens no folder with zero points; choose symmetric"
+            " formats, or write for --engine vllm."
+        )
     return wanted
 
 

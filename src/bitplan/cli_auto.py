@@ -72,6 +72,11 @@ def auto(
     """
     path = o.located(model)
     if path.is_dir() or runtime == "hf":
+        if presets != "near" or imatrix or no_imatrix or gpu_layers:
+            raise UsageError(
+                "--presets, --imatrix, --no-imatrix and --gpu-layers are for .gguf files that"
+                " llama.cpp runs; leave them out for a folder."
+            )
         if fit is not None:
             raise UsageError("--fit asks llama.cpp about a .gguf file; give --size or --bpw.")
         setting = Setting(

@@ -10,6 +10,7 @@ from bitplan import (
     evaluate,
     formats,
     gguf_file,
+    hub,
     measure,
     options,
     preflight,
@@ -90,8 +91,8 @@ def _contender(
     path: Path, every: Sequence[Path], setting: Setting, out: Path
 ) -> evaluate.Contender:
     """A candidate under its shortest name that tells it from the others; `plan` if it is that."""
-    stems = [p.stem for p in every]
-    name = path.stem if stems.count(path.stem) == 1 else str(path)
+    stems = [hub.stem(p) for p in every]
+    name = hub.stem(path) if stems.count(hub.stem(path)) == 1 else str(path)
     if path.suffix == ".gguf" and options.is_planned(gguf_file.read(path), out):
         name = "plan"
     quantized = path.is_dir() and written.is_written(path)  # a folder that is no source of studies

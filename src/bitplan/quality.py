@@ -164,6 +164,7 @@ def run(
     if not reference.is_classifier:
         progress("continuations", 0, 1)
         spoken = coherence.measure(reference, candidate, windows.tokens)
+        progress("continuations", 1, 1)
     return Quality(
         schema=schema_of(Quality),
         origin=_origin(reference, candidate, windows, parents or {}),

@@ -30,7 +30,8 @@ def headline(q: Quality) -> str:
         return f"{q.candidate.name}: {size}."
     grown, error = change
     if not told(grown, error):
-        return f"{q.candidate.name}: {size}; no difference in perplexity measured."
+        kl = with_error(q.candidate.value("kl") or 0.0, q.candidate.stderr("kl"))
+        return f"{q.candidate.name}: {size}; KL {kl}, no difference in perplexity measured."
     return f"{q.candidate.name}: {size}; perplexity {signed(grown, error)}."
 
 

@@ -187,7 +187,7 @@ def _why(
     name = "The plan" if first.name == "plan" else plain(first.name)
     start = f"{name} {'was shipped' if evaluation.shipped else 'measured best'}"
     if len(evaluation.candidates) == 1 and not evaluation.shipped:
-        return f"{name} is the only one that was measured; no preset was measured beside it."
+        return f"{name} is the only one that was measured; nothing was measured beside it."
     if other is None:
         return f"{start}; nothing else that fits its size was measured beside it."
     if pair is None:

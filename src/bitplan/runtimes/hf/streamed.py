@@ -143,7 +143,11 @@ class StreamedModel(HfModel):
         raise self._whole("gives no gradients")
 
     def look(self, windows: Rows, method: str = "gptq") -> None:
-        raise self._whole("does not keep what all its weights are multiplied with")
+        raise RuntimeFailure(
+            f"{self.path}: is read block by block, and to measure as {method} rounds, what all"
+            " weights are multiplied with must be kept at once; measure without --method, and give"
+            " it to `bitplan quantize`."
+        )
 
     def _whole(self, what: str) -> RuntimeFailure:
         return RuntimeFailure(
