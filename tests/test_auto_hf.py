@@ -28,7 +28,8 @@ import hf_models
 import planted_super
 from bitplan import artifacts, auto_hf, cli, quantizers, safetensors_file, units
 from bitplan.artifacts import Evaluation, Plan, Quantized, Sensitivity
-from bitplan.auto_hf import Outcome, Request
+from bitplan.auto_hf import Outcome
+from bitplan.auto_hf_request import Request
 from bitplan.errors import BudgetError, UsageError
 from bitplan.quality import Quality
 from bitplan.setting import Setting

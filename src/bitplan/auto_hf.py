@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from bitplan import (
+    auto_hf_request,
     evaluate,
     formats,
     hub,
-    machine,
     measure,
     measured,
     options,
@@ -27,55 +27,26 @@ from bitplan import (
     quantize_hf,
     refine,
     report,
-    scorers,
     summary,
     summary_quality,
     superweights,
     units,
 )
-from bitplan.artifacts import Budget, Evaluation, Plan, Quantized, Sensitivity
+from bitplan.artifacts import Evaluation, Plan, Quantized, Sensitivity
+from bitplan.auto_hf_request import Request
 from bitplan.budget import human
-from bitplan.errors import RuntimeFailure, UsageError, WriteError
+from bitplan.errors import WriteError
 from bitplan.evaluate import Contender
 from bitplan.formats import Format
 from bitplan.measured import Work
 from bitplan.quality import Quality
-from bitplan.quantizers import Method
-from bitplan.runtimes.hf import HfModel, devices, opening
-from bitplan.setting import Setting
+from bitplan.runtimes.hf import HfModel
 from bitplan.sources.hf import HfSource
 from bitplan.subject import Subject
 from bitplan.superweights import search
-from bitplan.writers import converted, experts
+from bitplan.writers import experts
 
 Progress = Callable[[str, int, int], None]
-
-PROBES = ("int4-g64", "int2-g64")
-"""Measured for each unit unless told otherwise, one for each width: a format of four bits says
-little of one of two, where layers break down."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for; the names and defaults are those of `bitplan auto`."""
-
-    path: Path
-    out: Path
-    method: Method
-    setting: Setting
-    size: str | None = None
-    bpw: float | None = None
-    max_kl: float | None = None
-    scorer: str = "kl"
-    formats: str = "default"
-    group: str = "tensor"
-    probes: str = ""
-    full: bool = False
-    keep: list[str] | None = None
-    floor: list[str] | None = None
-    protect: bool = False
-    """Give tensors that hold a super weight a floor."""
-    odd_bits: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,18 +61,19 @@ class Outcome:
 
 def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
     """Everything that `bitplan auto DIR` does. Raises what the stages raise, as early as it can."""
-    request = _settled(request)
+    request = auto_hf_request.settled(request)
     source = HfSource(request.path, request.setting)
-    wanted = _candidates(request)
+    wanted = auto_hf_request.candidates(request)
     experts.check_plan(source.layout, source.shards, wanted)
-    budget = _checked_budget(request, source, wanted)
+    budget = auto_hf_request.checked_budget(request, source, wanted)
     with Subject(request.path, request.out, request.setting, progress) as subject:
         model = subject.model
         assert isinstance(model, HfModel)
         windows, _ = subject.calibration, subject.held_out
         preflight.dry_run(model, wanted)
+        settings = auto_hf_request.settings(request, wanted)
         table = measure.run(
-            model, windows, _settings(request, wanted), request.out, facts=subject.facts,
+            model, windows, settings, request.out, facts=subject.facts,
             fresh=request.setting.fresh, progress=progress,
         )  # fmt: skip
         floors = _floors(request, subject, table)
@@ -159,97 +131,6 @@ def _told(
         "\n".join(where),
     ]  # fmt: skip
     return Outcome(found, quality, folder, "\n\n".join(parts))
-
-
-def _settled(request: Request) -> Request:
-    """With a folder in the place of a GGUF file, and variants rounded as the method rounds."""
-    kinds = {f.scheme.kind for f in _candidates(request) if f.scheme}
-    name, path = request.method.name, request.path
-    if "quanto" in kinds and name != "rtn":
-        raise UsageError(
-            f"--method {name}: quanto's formats are rounded to nearest; choose integers such as"
-            " int4-g128, or --method rtn."
-        )
-    if not path.is_dir():
-        path = converted.folder_of(path, request.out)
-    setting = replace(request.setting, runtime="hf", method=request.method.rounding)
-    if "quanto" in kinds:  # it runs its folders in no other type than they are stored in
-        return replace(request, path=path, setting=replace(setting, engine="transformers"))
-    return replace(request, path=path, setting=_faster(path, setting))
-
-
-def _faster(path: Path, setting: Setting) -> Setting:
-    """float16 is emulated on CPUs: where memory allows, figures are made in float32 there."""
-    import torch
-
-    source = HfSource(path, setting)
-    half = opening.dtype_of(source.checkpoint) == torch.float16 and setting.dtype == "auto"
-    free = machine.available_memory()
-    room = free is None or 4 * source.checkpoint.weights < free / 2
-    suits = half and room and devices.device_of(setting.device).type == "cpu"
-    return replace(setting, dtype="float32") if suits else setting
-
-
-def _candidates(request: Request) -> list[Format]:
-    """The formats to choose among. Raises UsageError for those that no one folder holds."""
-    wanted = formats.parse(request.formats, formats.DEFAULT_HF)
-    kinds = {f.name: f.scheme.kind if f.scheme and not f.scheme.activations else "" for f in wanted}
-    foreign = [name for name, kind in kinds.items() if kind not in ("int", "quanto")]
-    if foreign:
-        raise UsageError(
-            f"{foreign[0]} is no choice of a plan for a folder of safetensors; choose integers such"
-            " as int4-g128, or quanto's formats."
-        )
-    if len(set(kinds.values())) > 1:
-        raise UsageError(
-            f"no one folder holds {', '.join(kinds)}: choose quanto's formats, or integers."
-        )
-    odd = [f.name for f in wanted if f.scheme and f.scheme.bits not in (2, 4, 8)]
-    if odd and not request.odd_bits:
-        raise UsageError(
-            f"{', '.join(odd)}: packed otherwise by compressed-tensors before 0.18; pass --odd-bits"
-            " if the engine has a newer one."
-        )
-    skew = [n for n, kind in kinds.items() if kind == "int" and n.endswith("-asym")]
-    if skew and request.setting.engine == "transformers":
-        raise UsageError(
-            f"{', '.join(skew)}: transformers 5 opens no folder with zero points; choose symmetric"
-            " formats, or write for --engine vllm."
-        )
-    return wanted
-
-
-def _settings(request: Request, wanted: Sequence[Format]) -> measure.Settings:
-    scorers.get(request.scorer)
-    default = [formats.get(n) for n in PROBES] if request.formats == "default" else []
-    probes = formats.parse(request.probes) if request.probes else default
-    group, seed = options.grouping(request.group), request.setting.seed
-    return measure.Settings(wanted, request.scorer, group, probes, request.full, seed)
-
-
-def _checked_budget(request: Request, source: HfSource, wanted: Sequence[Format]) -> Budget:
-    """The budget in bytes, once it is known that model, memory, disk and size allow the work."""
-    options.rules(request.keep, "--keep")
-    options.rules(request.floor, "--floor")
-    if source.streamed:
-        raise RuntimeFailure(
-            f"{request.path}: does not fit in memory, and what is shipped is measured whole; take"
-            " the stages one by one: bitplan measure --scorer block_error, plan, quantize."
-        )
-    budget = options.chosen_budget(
-        request.size, request.bpw, None, request.max_kl, weights=source.facts.weights,
-        ctx=request.setting.ctx, model=request.path,
-    )  # fmt: skip
-    own = source.units()
-    rest = source.size(units.everywhere(own, wanted[-1].name), ())[0]
-    rest -= sum(u.nbytes(wanted[-1]) for u in own)
-    sizes = [[u.nbytes(f) for f in units.candidates(u, wanted)] + [u.stored({})] for u in own]
-    low, high = rest + sum(map(min, sizes)), rest + sum(map(max, sizes))
-    preflight.check_budget(budget, low, high)
-    if not request.max_kl and budget.bytes >= source.nbytes:
-        raise UsageError(f"{request.path}: fits {budget.text} as it is; choose a smaller budget.")
-    preflight.check_disk(request.out, 3 * (budget.bytes or high))
-    return budget
 
 
 def _floors(request: Request, subject: Subject, table: Sensitivity) -> dict[str, str]:

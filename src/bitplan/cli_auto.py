@@ -86,8 +86,9 @@ def auto(
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         from bitplan import auto_hf
+        from bitplan.auto_hf_request import Request
 
-        wanted = auto_hf.Request(
+        wanted = Request(
             path, o.folder(out, path), h.method(method, alpha), setting, size=size, bpw=bpw,
             max_kl=max_kl, scorer=scorer, formats=formats, group=group, probes=probes, full=full,
             keep=keep, floor=floor, protect=protect_super_weights, odd_bits=odd_bits,
