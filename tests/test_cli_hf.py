@@ -99,7 +99,7 @@ def test_evaluate_tells_the_accuracy_of_a_classifier(tiny_classifier: Path, tmp_
         (("measure", "MODEL", "--device", "warp"), 2, "PyTorch cannot use it here"),
         (("measure", "builtin", "--formats", "int4-g32"), 2, "is no type of GGUF files"),
         (("measure", "builtin", "--scorer", "fisher"), 2, "which only --runtime hf gives"),
-        (("auto", "MODEL", "--bpw", "4"), 1, "this takes a .gguf file"),
+        (("auto", "MODEL", "--bpw", "4", "--presets", "all"), 2, "are for .gguf files"),
     ],
 )
 def test_one_sentence_for_what_does_not_go_together(
