@@ -16,6 +16,7 @@ from bitplan import (
     files,
     formats,
     method_gain,
+    options,
     quality,
     quantize_hf,
     routed,
@@ -33,7 +34,7 @@ from bitplan.runtimes.hf import HfModel, undoing
 from bitplan.runtimes.hf.written import WrittenModel
 from bitplan.setting import Setting
 from bitplan.sources.hf import HfSource
-from bitplan.subject import Subject
+from bitplan.subject import EVAL_WINDOWS, Subject
 from bitplan.superweights import spikes
 from bitplan.text import Windows
 from bitplan.writers import card
@@ -104,6 +105,8 @@ def run(wanted: Wanted, progress: Progress = lambda *_: None) -> Made:
             wanted.path, types_of(source, wanted), wanted.out, wanted.method, setting,
             wanted.odd_bits, _parents(wanted),
         )  # fmt: skip
+        if wanted.judge and not source.streamed and not order.by_quanto:
+            _check_text(order, subject)
         made = quantize_hf.run(order, subject.facts, progress)
         if not wanted.judge or source.streamed:
             why = "It is larger than memory, so its quality was not measured."
@@ -117,6 +120,15 @@ def run(wanted: Wanted, progress: Progress = lambda *_: None) -> Made:
             gain = method_gain.run(model, wanted.out, made, subject.held_out, progress)
             gain.save(wanted.out.with_name("evaluation.json"))
     return Made(made, found, wanted.out, gain=gain)
+
+
+def _check_text(order: Order, subject: Subject) -> None:
+    """Raises TextError for a text too short to judge by, before the work and not after it."""
+    s = subject.setting
+    with quantize_hf.opened(order) as model:
+        if not model.is_classifier:
+            count = s.eval_windows or EVAL_WINDOWS
+            options.cut(model, s.eval_text, "evaluation", count, skip=subject.skipped)
 
 
 def judged(
