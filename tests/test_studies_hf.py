@@ -230,9 +230,7 @@ def test_an_embedding_that_keeps_its_format_is_no_row_that_does_not_divide(
     decoder: Path, larger: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     because = "in every variant, because engines load qint4 for linear layers only"
-    sizes = (
-        " Sizes are those of the files that it would be written to, headers included."
-    )
+    sizes = " Sizes are those of the files that it would be written to, headers included."
     told = {
         decoder: f"The embedding keeps its own f32 {because}; lm_head: qint4.",
         larger: f"The embedding (it is the output too) keeps its own f32 {because}.",
