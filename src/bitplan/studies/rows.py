@@ -56,7 +56,8 @@ class Row:
         """Mean of the random orders with so many layers moved, and how they differ."""
         cases = [case_at(c, step) for c in self.found.random]
         each = [case.kl[0] if kl else self.quality.value(case)[0] for case in cases]
-        return with_error(float(np.mean(each)), float(np.std(each, ddof=1)))
+        spread = float(np.std(each, ddof=1)) if len(set(each)) > 1 else 0.0
+        return with_error(float(np.mean(each)), spread)
 
     def gap(self, gap: float, error: float, kl: bool) -> str:
         """A difference in what is lost, nats of KL or the quality's own; * where it is told."""
