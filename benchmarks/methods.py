@@ -256,7 +256,7 @@ def difference(one: Tokens, other: Tokens) -> str:
     gap, error = metrics.mean(one.kl - other.kl)
     if gap == 0 and error == 0:
         return "the same"
-    return f"{gap:+.5f} ± {error:.5f}" + ("" if metrics.told(gap, error) else ", none measured")
+    return f"{gap:+.3g} ± {error:.1g}" + ("" if metrics.told(gap, error) else ", none measured")
 
 
 def table(rows: list[Row]) -> str:
@@ -272,8 +272,8 @@ def table(rows: list[Row]) -> str:
         each = " / ".join(dict.fromkeys(f"{b:.2f}" for b in r.each))
         lines.append(
             f"| {r.bits} | {r.method} | {r.formats} | {nbytes} | {each} |"
-            f" {perplexity(r.uniform):.3f} | {perplexity(r.planned):.3f} | {kl[0]:.5f} |"
-            f" {kl[1]:.5f} | {difference(r.planned, r.uniform)} | {shipped} |"
+            f" {perplexity(r.uniform):.3f} | {perplexity(r.planned):.3f} | {kl[0]:.3g} |"
+            f" {kl[1]:.3g} | {difference(r.planned, r.uniform)} | {shipped} |"
         )
     return "\n".join(lines)
 
