@@ -107,7 +107,8 @@ def run(wanted: Wanted, progress: Progress = lambda *_: None) -> Made:
         )  # fmt: skip
         if wanted.judge and not source.streamed and not order.by_quanto:
             _check_text(order, subject)
-        made = quantize_hf.run(order, subject.facts, progress)
+        made = quantize_hf.made_before(order, subject.facts)
+        made = made or quantize_hf.run(order, subject.facts, progress)
         if not wanted.judge or source.streamed:
             why = "It is larger than memory, so its quality was not measured."
             _write_card(wanted.out, card.text(made, subject.facts, None))

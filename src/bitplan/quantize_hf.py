@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from bitplan import formats, identity, options, routed
-from bitplan.artifacts import ModelFacts, Origin, Quantized, schema_of
-from bitplan.errors import UsageError, WriteError
+from bitplan.artifacts import ModelFacts, Origin, Quantized, load, schema_of
+from bitplan.errors import ArtifactError, UsageError, WriteError
 from bitplan.quantizers import Method
 from bitplan.runtimes.hf import StreamedModel, blockwise, undoing
 from bitplan.setting import Setting
@@ -104,6 +104,37 @@ def run(order: Order, facts: ModelFacts, progress: Progress = lambda *_: None) -
     result.save(order.out.with_name("quantized.json"))
     shutil.rmtree(order.stages, ignore_errors=True)
     return result
+
+
+def made_before(order: Order, facts: ModelFacts) -> Quantized | None:
+    """What an earlier run wrote to OUT, if it was this very order and nobody changed it since."""
+    path = order.out.with_name("quantized.json")
+    if order.setting.fresh or not (path.exists() and order.out.is_dir()):
+        return None
+    try:
+        there = load(path, Quantized)
+    except ArtifactError:
+        return None
+    if (there.file, there.tensors, there.method) != (
+        order.out.name, dict(order.types), order.method.name,
+    ):  # fmt: skip
+        return None
+    origin = _expected(order, facts)
+    kept = {k: v for k, v in there.origin.settings.items() if k in origin.settings}
+    if there.origin.parents != origin.parents or kept != origin.settings:
+        return None
+    weights = sorted(order.out.glob("*.safetensors"))
+    return there if there.sha256 == identity.sha256((*weights, order.out / "config.json")) else None
+
+
+def _expected(order: Order, facts: ModelFacts) -> Origin:
+    """The origin that `run` would note."""
+    if order.by_quanto:
+        return _origin(order, facts, "optimum-quanto", {})
+    with opened(order) as model:
+        windows = _windows(model, order)
+        text = {"text": windows.facts.sha256} if windows else {}
+        return _origin(order, facts, "compressed-tensors", text, model)
 
 
 def _by_quanto(order: Order, facts: ModelFacts, progress: Progress) -> tuple[Origin, int]:
