@@ -1,7 +1,8 @@
 """Uniform and planned, by every rounding method, at the same bytes: perplexity and KL.
 
-    python benchmarks/methods.py ../shared/data        # two models; about 25 minutes on 2 cores
-    python benchmarks/methods.py DATA --models built-in --out KEPT      # goes on where it stopped
+    python benchmarks/methods.py DATA --models stories260K       # about 6 minutes of one core
+    python benchmarks/methods.py DATA --models built-in --windows 4 --seen 16 --held-out 16 --out X
+                                        # about 25 of one core; goes on where it stopped
 
 DATA: a folder with stories260K and tinystories (see `tests/conftest.py`). Both models are folders
 of float16 weights, run in float32; quanto's run in float16, against the original in float16. For
@@ -256,7 +257,7 @@ def difference(one: Tokens, other: Tokens) -> str:
     gap, error = metrics.mean(one.kl - other.kl)
     if gap == 0 and error == 0:
         return "the same"
-    return f"{gap:+.3g} ± {error:.1g}" + ("" if metrics.told(gap, error) else ", none measured")
+    return f"{gap:+.3g} ± {error:.2g}" + ("" if metrics.told(gap, error) else ", none measured")
 
 
 def table(rows: list[Row]) -> str:
