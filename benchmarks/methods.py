@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py DATA --models stories260K       # about 6 minutes of one core
     python benchmarks/methods.py DATA --models built-in --windows 4 --seen 16 --held-out 16 --out X
-                                        # about 25 of one core; goes on where it stopped
+                                        # about 15 of one core; goes on where it stopped
 
 DATA: a folder with stories260K and tinystories (see `tests/conftest.py`). Both models are folders
 of float16 weights, run in float32; quanto's run in float16, against the original in float16. For
