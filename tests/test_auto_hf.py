@@ -389,3 +389,17 @@ def test_a_super_weight_is_protected(shared: Path, stories_text: str, tmp_path: 
     assert plan.tensors[holder] == "int8-g128"
     assert plan.origin.settings["floors"]
     assert not loaded(plain.out)[1].origin.settings["floors"]
+
+
+def test_a_rival_keeps_what_the_user_pinned(asking: Asking, tmp_path: Path) -> None:
+    """A uniform model that is shipped instead of the plan must not break --keep."""
+    unit = "model.layers.0.self_attn.o_proj"
+    asked = asking(
+        tmp_path / "out", keep=[f"{unit}=int8-g32"], formats="int8-g32,int4-g32,int2-g32"
+    )
+    outcome = auto_hf.run(asked)
+    rival = next(c for c in outcome.evaluation.candidates if c.name != "plan")
+    source = HfSource(asked.path, asked.setting)
+    uniform = units.everywhere(source.units(), rival.name)
+    assert rival.bytes == source.size({**uniform, f"{unit}.weight": "int8-g32"}, ())[0]
+    assert rival.bytes > source.size(uniform, ())[0]

@@ -9,7 +9,7 @@ the report.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,20 +83,21 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
             fresh=request.setting.fresh, progress=progress,
         )  # fmt: skip
         chosen.save(request.out / "plan.json")
-        return _shipped(request, subject, model, chosen, wanted)
+        return _shipped(request, subject, model, chosen, wanted, _ruled(table, chosen, floors))
 
 
 def _shipped(
-    request: Request, subject: Subject, model: HfModel, chosen: Plan, wanted: Sequence[Format]
-) -> Outcome:
-    """The plan and its rival as folders; the better stays."""
+    request: Request, subject: Subject, model: HfModel, chosen: Plan, wanted: Sequence[Format],
+    ruled: Mapping[str, str],
+) -> Outcome:  # fmt: skip
+    """The plan and its rival as folders; the better stays. ruled: see `_ruled`."""
     written = {"plan": _write(request, subject, chosen.tensors, f"{chosen.bpw:.2f}bpw", chosen)}
     if written["plan"].bytes != chosen.bytes:
         raise WriteError(
             f"{written['plan'].file}: has {written['plan'].bytes:,} bytes, {chosen.bytes:,} were"
             " planned; report this."
         )
-    rival = _rival(request, subject, model, wanted, chosen.budget.bytes)
+    rival = _rival(request, subject, model, wanted, chosen.budget.bytes, ruled)
     if rival is not None and rival[1] != _quantized(chosen.tensors):
         written[rival[0]] = _write(request, subject, rival[1], rival[0], None)
     contenders = [Contender(n, q.bytes, request.out / q.file) for n, q in written.items()]
@@ -146,11 +147,15 @@ def _floors(request: Request, subject: Subject, table: Sensitivity) -> dict[str,
 
 
 def _rival(
-    request: Request, subject: Subject, model: HfModel, wanted: Sequence[Format], most: int
-) -> tuple[str, dict[str, str]] | None:
+    request: Request, subject: Subject, model: HfModel, wanted: Sequence[Format], most: int,
+    ruled: Mapping[str, str],
+) -> tuple[str, dict[str, str]] | None:  # fmt: skip
     """The uniform format of least KL on the calibration text among those that fit; its weights'
-    formats. None when none fits."""
-    every = {f.name: units.everywhere(subject.units, f.name) for f in (*wanted, *_uniform(wanted))}
+    formats. None when none fits. What pins and floors rule is as in the plan."""
+    every = {
+        f.name: {**units.everywhere(subject.units, f.name), **ruled}
+        for f in (*wanted, *_uniform(wanted))
+    }
     fitting = {n: t for n, t in every.items() if subject.source.size(t, ())[0] <= most}
     if not fitting:
         return None
@@ -162,6 +167,14 @@ def _rival(
     found = measured.run(model, works, tokens, {}, place, subject.progress)
     best = min(found, key=lambda name: float(found[name].kl.mean()))
     return best, _quantized(fitting[best])
+
+
+def _ruled(table: Sensitivity, chosen: Plan, floors: Mapping[str, str]) -> dict[str, str]:
+    """Tensor -> the plan's format, for what the user's pins and the floors speak of: a rival that
+    broke them would be no choice."""
+    patterns = (*chosen.pins, *floors)
+    ruled = (u for pattern in patterns for u in plan.matching(table.units, pattern))
+    return {tensor: chosen.tensors[tensor] for unit in ruled for tensor in unit.tensors}
 
 
 def _uniform(wanted: Sequence[Format]) -> list[Format]:
