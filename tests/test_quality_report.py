@@ -160,6 +160,7 @@ def test_super_weights_are_looked_up(found: Quality, folders: tuple[Path, Path])
 
     assert found.super_weights is not None
     (one,) = found.super_weights
+    assert found.super_weight_coverage == (one.relative <= 0.01)
     own = load_file(folders[0] / "model.safetensors")[PLACE[0]][PLACE[1], PLACE[2]]
     assert (one.tensor, one.row, one.column, one.format) == (*PLACE, "int2-g32")
     assert one.value == own
@@ -256,7 +257,7 @@ def test_warnings_come_with_their_text_and_nothing_else(found: Quality) -> None:
     assert "**Warning.** It says" in page
     assert "<script" not in page
     assert "[a](" not in page
-    assert lines.splitlines()[1].startswith("WARNING: It says")
+    assert "\nWARNING: It says" in lines
     assert "\x1b" not in lines + page
     assert "speaks as its reference" not in lines + page
 

@@ -193,14 +193,9 @@ def test_floors_are_for_the_tensor_that_holds_one_and_no_other() -> None:
     found = listed(spike(), spike(row=9), spike("blk.10.ffn_down.weight"))
     chosen = superweights.floors(found, table.units)
     assert chosen == {"blk.1.ffn_down": "q6_k", "blk.10.ffn_down": "q6_k"}
-    plain = plan.make(table, synthetic.budget()).tensors
     made = plan.make(table, synthetic.budget(), floors=chosen)
     held = {made.formats[u] for u in chosen}
     assert held <= {"q6_k", "q8_0"}
-    assert superweights.coverage(found, made.tensors) == 1
-    assert superweights.coverage(found, plain) == 0
-    assert superweights.coverage(found, plain | {"blk.10.ffn_down.weight": "q8_0"}) == 1 / 3
-    assert superweights.coverage(listed(), plain) == 1
 
 
 def test_units_of_many_tensors_and_other_models() -> None:

@@ -36,6 +36,9 @@ Weights = Callable[[str], Array]
 Place = tuple[str, int, int]
 """Tensor, row and column of one weight."""
 
+COVERED = 0.01
+"""Share of its value by which a super weight may be off: what 8 bits keep of the largest weight of
+a group, and 4 do not."""
 _ROWS = 256
 """Of a matrix, that are looked at together in float64."""
 
@@ -113,6 +116,13 @@ class Quality(Artifact):
     def warnings(self) -> list[str]:
         """Whole sentences; empty where nothing is known to be wrong."""
         return self.coherence.warnings if self.coherence else []
+
+    @property
+    def super_weight_coverage(self) -> float | None:
+        """Share of the super weights that are stored within `COVERED` of their value; None where
+        nobody looked, or there is none."""
+        found = self.super_weights
+        return sum(s.relative <= COVERED for s in found) / len(found) if found else None
 
     @property
     def perplexity_change(self) -> tuple[float, float] | None:

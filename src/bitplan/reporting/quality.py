@@ -90,7 +90,12 @@ def kept(q: Quality) -> list[str]:
         f" ({percent(s.relative, 2)} off)."
         for s in q.super_weights[:_MOST]
     ]
-    more = len(q.super_weights) - len(shown)
+    share = percent(q.super_weight_coverage or 0.0)
+    shown = [
+        f"{share} of {len(q.super_weights)} super weights are within 1 % of their value.",
+        *shown,
+    ]
+    more = len(q.super_weights) - len(shown) + 1
     return [*shown, f"And {more} more."] if more > 0 else shown
 
 

@@ -183,22 +183,6 @@ def floors(found: SuperWeights, units: Iterable[H], least: str | None = None) ->
     return chosen
 
 
-def coverage(found: SuperWeights, tensors: Mapping[str, str], least: str | None = None) -> float:
-    """Share of the spike super weights whose tensor is stored in `least` (`FLOORS`) or better.
-
-    tensors: tensor -> format, as plan.json has it; those not named keep their own. 1 where there
-    is none to cover.
-    """
-    if not found.spikes:
-        return 1.0
-    covered = 0
-    for spike in found.spikes:
-        stored = tensors.get(spike.tensor)
-        floor = formats.get(least or floor_of(spike.tensor)).bits
-        covered += stored is None or formats.get(stored).bits >= floor
-    return covered / len(found.spikes)
-
-
 def protect(rounded: Array, original: Array, rows: Indices, columns: Indices) -> Array:
     """A copy of the rounded weights [rows, row] with these ones as they were."""
     found = rounded.copy()

@@ -87,12 +87,6 @@ def find(model: nn.Module, layout: Layout, layer: int, run: Run) -> list[Fold]:
     return found
 
 
-def unfolded(layout: Layout, layer: int, folds: Iterable[Fold]) -> list[str]:
-    """Weights of a block whose columns cannot be scaled."""
-    done = {name for fold in folds for name in fold.weights}
-    return [n for n in layout.weights if layout.layer_of(n) == layer and n not in done]
-
-
 def apply(model: nn.Module, layout: Layout, fold: Fold, scale: torch.Tensor) -> None:
     """Multiply the weights' columns by `scale` [row] and divide the source by it, in place.
 

@@ -66,10 +66,6 @@ class Grams:
     def of(self, name: str, matrix: int = 0) -> Sums:
         return self._sums[self._of[name, matrix]]
 
-    def sharing(self, name: str) -> list[str]:
-        """All weights that have this one's input, itself included."""
-        return [n for (n, m), key in self._of.items() if key == self._of[name, 0] and m == 0]
-
 
 class Sums:
     """Over the tokens of one input [tokens, row]."""
