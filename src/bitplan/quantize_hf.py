@@ -88,12 +88,11 @@ def run(order: Order, facts: ModelFacts, progress: Progress = lambda *_: None) -
         folder.check_free(order.out)
     written = _by_quanto if order.by_quanto else _compressed
     origin, nbytes = written(order, facts, progress)
-    weights = sorted(order.out.glob("*.safetensors"))
     result = Quantized(
         schema=schema_of(Quantized),
         origin=origin,
         file=order.out.name,
-        sha256=identity.sha256((*weights, order.out / "config.json")),
+        sha256=_hash(order.out),
         bytes=nbytes,
         bpw=8 * nbytes / facts.weights,
         tensors=dict(order.types),
@@ -123,8 +122,12 @@ def made_before(order: Order, facts: ModelFacts) -> Quantized | None:
     kept = {k: v for k, v in there.origin.settings.items() if k in origin.settings}
     if there.origin.parents != origin.parents or kept != origin.settings:
         return None
-    weights = sorted(order.out.glob("*.safetensors"))
-    return there if there.sha256 == identity.sha256((*weights, order.out / "config.json")) else None
+    return there if there.sha256 == _hash(order.out) else None
+
+
+def _hash(out: Path) -> str:
+    """Of all that decides what the folder computes."""
+    return identity.sha256((*sorted(out.glob("*.safetensors")), out / "config.json"))
 
 
 def _expected(order: Order, facts: ModelFacts) -> Origin:
@@ -132,9 +135,16 @@ def _expected(order: Order, facts: ModelFacts) -> Origin:
     if order.by_quanto:
         return _origin(order, facts, "optimum-quanto", {})
     with opened(order) as model:
-        windows = _windows(model, order)
-        text = {"text": windows.facts.sha256} if windows else {}
-        return _origin(order, facts, "compressed-tensors", text, model)
+        return _watched(model, order, facts)[1]
+
+
+def _watched(
+    model: StreamedModel, order: Order, facts: ModelFacts
+) -> tuple[Windows | None, Origin]:
+    """The calibration windows, where the method looks at any, and the origin that names them."""
+    windows = _windows(model, order)
+    text = {"text": windows.facts.sha256} if windows else {}
+    return windows, _origin(order, facts, "compressed-tensors", text, model)
 
 
 def _by_quanto(order: Order, facts: ModelFacts, progress: Progress) -> tuple[Origin, int]:
@@ -158,9 +168,7 @@ def _compressed(order: Order, facts: ModelFacts, progress: Progress) -> tuple[Or
     with opened(order) as model:
         shards, layout = model.shards, model.layout
         compressed_tensors.check(layout, shards, order.types, odd_bits=order.odd_bits)
-        windows = _windows(model, order)
-        text = {"text": windows.facts.sha256} if windows else {}
-        origin = _origin(order, facts, "compressed-tensors", text, model)
+        windows, origin = _watched(model, order, facts)
         kept = blocks.Blocks(order.stages, origin.model_dump(), shards, wanted)
         needed = compressed_tensors.predicted(shards, wanted)
         finished = kept.has(layout.count) and order.out.is_dir() and any(order.out.iterdir())

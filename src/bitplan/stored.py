@@ -15,7 +15,8 @@ from bitplan.formats import Format
 from bitplan.safetensors_layout import Entry, entry_bytes
 from bitplan.schemes import Scheme
 
-_PLAIN = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+PLAIN = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+"""Plain floats: our name -> safetensors' word."""
 _WEIGHT = ".weight"
 
 
@@ -27,8 +28,8 @@ def parts(fmt: Format, name: str, shape: Sequence[int], dtype: str) -> list[Entr
     for a scheme's weight that is no matrix (of experts, name each), has another name, or has rows
     that do not divide (`formats.fitting`).
     """
-    if fmt.name in _PLAIN:
-        return [Entry(name, _PLAIN[fmt.name], tuple(shape))]
+    if fmt.name in PLAIN:
+        return [Entry(name, PLAIN[fmt.name], tuple(shape))]
     if fmt.scheme is None or not fmt.scheme.is_loadable:
         raise ValueError(f"{fmt.name} is no type of safetensors files")
     if len(shape) != 2 or not name.endswith(_WEIGHT):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitplan import floats
+from bitplan import floats, stored
 from bitplan.checkpoint import Checkpoint
 from bitplan.errors import ModelFileError
 from bitplan.runtimes.hf import opening, pieces
@@ -26,7 +26,6 @@ from bitplan.runtimes.hf.pieces import Piece
 from bitplan.safetensors_layout import Entry
 from bitplan.tensors import Tensor
 
-_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -198,7 +197,7 @@ class Shards:
 
 def entry(tensor: Tensor) -> Entry:
     """A tensor of the files as a header has it."""
-    return Entry(tensor.name, _DTYPES[tensor.fmt.name], tensor.shape)
+    return Entry(tensor.name, stored.PLAIN[tensor.fmt.name], tensor.shape)
 
 
 def read(tensor: Tensor, rows: slice | None = None) -> torch.Tensor:
