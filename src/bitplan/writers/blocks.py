@@ -25,6 +25,7 @@ from bitplan.quantizers.integers import Integers
 from bitplan.quantizers.packed import PARTS, packed, unpacked
 from bitplan.runtimes.hf import pieces
 from bitplan.runtimes.hf.blockwise import Block
+from bitplan.runtimes.hf.dtypes import PLAIN
 from bitplan.runtimes.hf.pieces import Piece
 from bitplan.runtimes.hf.shards import Shards
 from bitplan.runtimes.hf.undoing import COLUMNS, ROWS, SMOOTHING
@@ -99,8 +100,7 @@ class Blocks:
 
     def _dtype(self, name: str) -> torch.dtype:
         source = self._shards.source(name)
-        known = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-        return known[source.fmt.name] if source else torch.float32
+        return PLAIN[source.fmt.name] if source else torch.float32
 
     def known(self, layer: int) -> Block | None:
         """A stage that an earlier run finished."""

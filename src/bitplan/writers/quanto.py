@@ -20,13 +20,13 @@ from bitplan.checkpoint import Checkpoint
 from bitplan.checkpoint_files import QMAP
 from bitplan.errors import ModelFileError, UsageError, WriteError
 from bitplan.formats import Format
+from bitplan.runtimes.hf.dtypes import PLAIN, WORDS
 from bitplan.runtimes.hf.walk import finite
 from bitplan.safetensors_layout import Entry
 from bitplan.schemes import Scheme
 from bitplan.writers import folder, safetensors, supply
-from bitplan.writers.supply import PLAIN, Supply
+from bitplan.writers.supply import Supply
 
-_WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _KERNEL = 16  # of which PyTorch 2.13's kernels for bfloat16 want a multiple
 _TYPES = "choose among qint2, qint4, qint8 and qfloat8"
 
@@ -180,8 +180,8 @@ def _files(model: Supply, chosen: Chosen) -> Files:
     def entries(name: str) -> list[Entry]:
         tensor, fmt = model.tensors[name], chosen.get(name)
         if fmt is None:
-            return [Entry(name, _WORDS[model.stored[name]], tuple(tensor.shape))]
-        return stored.parts(fmt, name, tensor.shape, _WORDS[tensor.dtype])
+            return [Entry(name, WORDS[model.stored[name]], tuple(tensor.shape))]
+        return stored.parts(fmt, name, tensor.shape, WORDS[tensor.dtype])
 
     return {file: [e for n in names for e in entries(n)] for file, names in model.files.items()}
 

@@ -18,10 +18,9 @@ from torch import nn
 from bitplan.checkpoint import Checkpoint
 from bitplan.checkpoint_files import CONFIG, SINGLE
 from bitplan.runtimes.hf import opening
+from bitplan.runtimes.hf.dtypes import PLAIN
 from bitplan.runtimes.hf.shards import Shards, read, wanted
 from bitplan.writers import folder
-
-PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

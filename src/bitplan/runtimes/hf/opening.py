@@ -19,6 +19,7 @@ from torch import nn
 from bitplan import gguf_file
 from bitplan.checkpoint import Checkpoint
 from bitplan.errors import ModelFileError, RuntimeFailure, UsageError
+from bitplan.runtimes.hf.dtypes import PLAIN
 
 _POSITIONS = re.compile(r"(position[^.]*|wpe)$")
 _REMOTE = "needs code of its own, which is not run unless you pass --trust-remote-code"
@@ -115,8 +116,7 @@ def dtype_of(checkpoint: Checkpoint) -> torch.dtype:
     count: dict[str, int] = {}
     for t in checkpoint.tensors:
         count[t.fmt.name] = count.get(t.fmt.name, 0) + t.nbytes
-    known = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-    return known[max(count, key=count.__getitem__)]
+    return PLAIN[max(count, key=count.__getitem__)]
 
 
 def load(

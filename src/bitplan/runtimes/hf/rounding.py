@@ -18,10 +18,10 @@ from bitplan.errors import ModelFileError, UsageError
 from bitplan.formats import Format
 from bitplan.quantizers import integers
 from bitplan.quantizers.spqr import spqr
+from bitplan.runtimes.hf.dtypes import PLAIN
 from bitplan.schemes import Scheme
 
 Importance = npt.NDArray[np.float32]
-_PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def rounded(
@@ -47,8 +47,8 @@ def rounded(
     weights = weights.detach()
     if weights.device.type == "mps":  # no 8-bit floats there, and arithmetic with shortcuts
         return rounded(weights.cpu(), fmt, importance, threads).to(weights.device)
-    if fmt.name in _PLAIN:
-        out = weights.to(_PLAIN[fmt.name], copy=True).to(weights.dtype)
+    if fmt.name in PLAIN:
+        out = weights.to(PLAIN[fmt.name], copy=True).to(weights.dtype)
     elif fmt.scheme is None:
         out = _by_ggml(weights, fmt, importance, threads)
     else:

@@ -22,11 +22,10 @@ from bitplan import floats, stored
 from bitplan.checkpoint import Checkpoint
 from bitplan.errors import ModelFileError
 from bitplan.runtimes.hf import opening, pieces
+from bitplan.runtimes.hf.dtypes import PLAIN
 from bitplan.runtimes.hf.pieces import Piece
 from bitplan.safetensors_layout import Entry
 from bitplan.tensors import Tensor
-
-PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from torch import nn
 from bitplan import stored, written
 from bitplan.errors import BitplanError, ModelFileError, RuntimeFailure, UsageError
 from bitplan.runtimes.hf import decoded, opening, walk
+from bitplan.runtimes.hf.dtypes import WORDS
 from bitplan.written import Written
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def load(
@@ -129,11 +129,11 @@ def _check_parts(
     for tensor in there.quantized:
         layer: Any = bare.get_submodule(tensor.name.removesuffix(".weight"))
         shape = (layer.out_features, layer.in_features)
-        for part in stored.parts(tensor.fmt, tensor.name, shape, _WORDS[dtype]):
+        for part in stored.parts(tensor.fmt, tensor.name, shape, WORDS[dtype]):
             if not part.name.startswith(tensor.name):  # of activations
                 continue
             values = state[part.name]
-            if part.dtype == _WORDS[dtype] and values.dtype != dtype:
+            if part.dtype == WORDS[dtype] and values.dtype != dtype:
                 raise UsageError(
                     f"{there.path}: {part.name!r} is {values.dtype}; optimum-quanto runs it in no"
                     " other type, so leave out --dtype."
