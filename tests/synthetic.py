@@ -21,6 +21,7 @@ from bitplan.artifacts import (
     UnitFacts,
     schema_of,
 )
+from bitplan.rules import Rules
 
 LAYERS, DIM, FFN, VOCAB = 12, 256, 768, 4096
 SHAPES = {
@@ -101,7 +102,7 @@ def budget(size: int = 4_650_000) -> Budget:
 
 
 def made(table: Sensitivity) -> Plan:
-    return plan.make(table, budget(), pins={"token_embd": "q6_k"})
+    return plan.make(table, budget(), Rules(pins={"token_embd": "q6_k"}))
 
 
 def evaluation(chosen: Plan, difference: float = 0.0069, shipped: str = "plan") -> Evaluation:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitplan.knapsack import Options, fewest_bytes, frontier, least_damage
+from bitplan.knapsack import Options, Share, fewest_bytes, frontier, least_damage
 
 _OPTION = st.tuples(st.integers(1, 400), st.floats(0, 1, allow_subnormal=False))
 _UNITS = st.lists(st.lists(_OPTION, min_size=1, max_size=4), min_size=1, max_size=5)
@@ -102,3 +102,43 @@ def test_a_model_of_80_layers_is_solved_to_the_byte() -> None:
     below = [s for s in steps if s.bytes <= budget][-1]
     above = next(s for s in steps if s.bytes > budget)
     assert above.damage < lost <= below.damage  # between the neighbours on the hull
+
+
+def own_bytes(units: list[Options], choice: np.ndarray, members: list[int]) -> int:
+    return sum(int(units[i].bytes[choice[i]]) for i in members)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.lists(_OPTION, min_size=1, max_size=4), min_size=2, max_size=5),
+    where=st.floats(0.2, 1),
+    share=st.floats(0.1, 0.9),
+    at_least=st.booleans(),
+)
+def test_a_share_of_the_bytes_is_kept_and_nothing_better_keeps_it(
+    rows: list[list[tuple[int, float]]], where: float, share: float, at_least: bool
+) -> None:
+    units = units_of(rows)
+    members = list(range(0, len(units), 2))
+    rule = Share(members, *((share, None) if at_least else (None, share)))
+    every = [np.array(c) for c in itertools.product(*(range(len(u.bytes)) for u in units))]
+    smallest, largest = min(every_assignment(units))[0], max(every_assignment(units))[0]
+    budget = int(smallest + where * (largest - smallest))
+    sign = 1 if at_least else -1
+
+    def slack(choice: np.ndarray) -> float:
+        whole = cost(units, choice)[0]
+        return sign * (own_bytes(units, choice, members) - share * whole)
+
+    # what lies within the solver's tolerance of the border may be taken or left
+    near = 1e-5 * largest
+    fitting = [c for c in every if cost(units, c)[0] <= budget]
+    clear = [cost(units, c)[1] for c in fitting if slack(c) >= near]
+    choice = least_damage(units, budget, [rule])
+    if choice is None:
+        assert not clear
+        return
+    assert cost(units, choice)[0] <= budget
+    assert slack(choice) >= -near
+    if clear:
+        assert cost(units, choice)[1] <= min(clear) + 1e-8

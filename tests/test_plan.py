@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitplan import budget, formats, plan
+from bitplan import budget, formats, plan, rules
 from bitplan.artifacts import (
     Budget,
     ModelFacts,
@@ -21,6 +22,7 @@ from bitplan.artifacts import (
     schema_of,
 )
 from bitplan.errors import BudgetError, UnknownNameError, UsageError
+from bitplan.rules import Rules, Share
 
 NAMES = ("q8_0", "q4_k", "q2_k")
 FIXED = 4096
@@ -90,32 +92,76 @@ def test_out_of_reach_prints_the_range() -> None:
 
 
 def test_the_ends_of_the_range_are_reachable() -> None:
-    for end in plan.tabulate(table(), {}, {}).reachable():
+    for end in plan.tabulate(table(), Rules()).reachable():
         assert plan.make(table(), Budget(text="", bytes=end)).bytes == end
 
 
 def test_a_pin_hits_its_layer_and_not_those_that_begin_alike() -> None:
     small = budget.of_bpw(3.6, table().model.weights)
-    made = plan.make(table(), small, pins={"blk.1.*": "q8_0"})
+    made = plan.make(table(), small, Rules(pins={"blk.1.*": "q8_0"}))
     assert made.formats["blk.1.attn_v"] == made.formats["blk.1.ffn_down"] == "q8_0"
     assert made.reasons["blk.1.attn_v"] == "pinned by blk.1.*=q8_0."
-    exact = plan.matching(table().units, "blk.1.*")
+    exact = rules.matching(table().units, "blk.1.*")
     assert [u.layer for u in exact] == [1, 1]
 
 
+def test_ceilings_hold_and_the_rest_gets_what_they_free() -> None:
+    size = budget.of_bpw(5, table().model.weights)
+    free = plan.make(table(), size)
+    made = plan.make(table(), size, Rules(ceilings={"ffn_*": "q4_k"}))
+    most = formats.get("q4_k").bits
+    assert all(formats.get(f).bits <= most for u, f in made.formats.items() if "ffn" in u)
+    assert any(formats.get(f).bits > most for u, f in free.formats.items() if "ffn" in u)
+    assert any(
+        formats.get(made.formats[u]).bits > formats.get(f).bits for u, f in free.formats.items()
+    )
+    assert rules.of(made) == Rules(ceilings={"ffn_*": "q4_k"})
+
+
+def bits_of(made: Plan, names: set[str]) -> float:
+    """Bits per weight of some units."""
+    sizes = {(s.unit, s.format): s.bytes for s in table().scores}
+    weights = {u.name: sum(math.prod(s) for s in u.shapes) for u in table().units}
+    nbytes = sum(sizes[u, made.formats[u]] for u in names)
+    return 8 * nbytes / sum(weights[u] for u in names)
+
+
+@pytest.mark.parametrize("least", [1.05, 1.15])
+def test_a_share_is_so_many_times_the_average_bits(least: float) -> None:
+    size = budget.of_bpw(4, table().model.weights)
+    every = {u.name for u in table().units}
+    ffn = {u.name for u in table().units if u.role.startswith("ffn")}
+    share = Share(tuple(sorted(ffn)), least=least, name="ffn first")
+    made = plan.make(table(), size, Rules(shares=(share,)))
+    assert bits_of(made, ffn) >= least * bits_of(made, every) - 1e-6
+    free = plan.make(table(), size)
+    assert made.damage >= free.damage - 1e-12
+    assert rules.of(made).shares == (share,)
+    again = plan.make(table(), size, rules.of(made))
+    assert again.formats == made.formats
+
+
+def test_a_share_that_cannot_be_is_named() -> None:
+    share = Share(("token_embd",), least=9.0, name="rules[0] of my.yaml")
+    with pytest.raises(BudgetError, match=r"with rules\[0\] of my.yaml; choose another budget"):
+        plan.make(table(), budget.of_bpw(4, table().model.weights), Rules(shares=(share,)))
+
+
 def test_floors_hold_by_role() -> None:
-    made = plan.make(table(), budget.of_bpw(3.6, table().model.weights), floors={"attn_v": "q4_k"})
+    made = plan.make(
+        table(), budget.of_bpw(3.6, table().model.weights), Rules(floors={"attn_v": "q4_k"})
+    )
     assert "q2_k" not in {f for u, f in made.formats.items() if u.endswith("attn_v")}
 
 
 def test_rules_that_cannot_be_met_are_told() -> None:
     wanted = budget.of_bpw(4, table().model.weights)
     with pytest.raises(UsageError, match="no unit matches 'blk.99"):
-        plan.make(table(), wanted, pins={"blk.99.*": "q8_0"})
+        plan.make(table(), wanted, Rules(pins={"blk.99.*": "q8_0"}))
     with pytest.raises(UsageError, match="was not measured as q5_k"):
-        plan.make(table(), wanted, pins={"token_embd": "q5_k"})
+        plan.make(table(), wanted, Rules(pins={"token_embd": "q5_k"}))
     with pytest.raises(UnknownNameError, match="did you mean 'q4_k'"):
-        plan.make(table(), wanted, pins={"token_embd": "q4k"})
+        plan.make(table(), wanted, Rules(pins={"token_embd": "q4k"}))
 
 
 def test_max_kl_gives_the_smallest_file_that_keeps_it() -> None:

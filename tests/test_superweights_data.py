@@ -20,6 +20,7 @@ import synthetic
 from bitplan import cli, plan, superweights
 from bitplan.artifacts import Origin, Sensitivity, TextFacts, load, schema_of
 from bitplan.errors import ArtifactError, ModelFileError, RuntimeFailure, UsageError
+from bitplan.rules import Rules
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.runtimes.statistics import Peaks, is_down
 from bitplan.superweights import Important, Spike, SuperWeights, important, spikes
@@ -193,7 +194,7 @@ def test_floors_are_for_the_tensor_that_holds_one_and_no_other() -> None:
     found = listed(spike(), spike(row=9), spike("blk.10.ffn_down.weight"))
     chosen = superweights.floors(found, table.units)
     assert chosen == {"blk.1.ffn_down": "q6_k", "blk.10.ffn_down": "q6_k"}
-    made = plan.make(table, synthetic.budget(), floors=chosen)
+    made = plan.make(table, synthetic.budget(), Rules(floors=chosen))
     held = {made.formats[u] for u in chosen}
     assert held <= {"q6_k", "q8_0"}
 

@@ -109,10 +109,7 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
             fresh=request.fresh,
             progress=progress,
         )
-        floors = options.rules(request.floor, "--floor")
-        first = plan.make(
-            sensitivity, budget, pins=options.rules(request.keep, "--keep"), floors=floors
-        )
+        first = plan.make(sensitivity, budget, options.own_rules(request.keep, request.floor))
         ring = contest.Ring(
             model,
             facts,
@@ -129,7 +126,6 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
             first,
             calibration,
             held_out,
-            floors=floors,
             rivals=_rivals(request.presets),
         )
     return _told(result, report.write_from(out))

@@ -27,6 +27,7 @@ from bitplan import (
     quantize_hf,
     refine,
     report,
+    rules,
     summary,
     summary_quality,
     superweights,
@@ -40,6 +41,7 @@ from bitplan.evaluate import Contender
 from bitplan.formats import Format
 from bitplan.measured import Work
 from bitplan.quality import Quality
+from bitplan.rules import Rules
 from bitplan.runtimes.hf import HfModel
 from bitplan.sources.hf import HfSource
 from bitplan.subject import Subject
@@ -76,14 +78,14 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
             model, windows, settings, request.out, facts=subject.facts,
             fresh=request.setting.fresh, progress=progress,
         )  # fmt: skip
-        floors = _floors(request, subject, table)
-        first = plan.make(table, budget, pins=options.rules(request.keep, "--keep"), floors=floors)
+        obeyed = _rules(request, subject, table)
+        first = plan.make(table, budget, obeyed)
         chosen = refine.run(
-            model, table, first, windows, {}, request.out, floors=floors,
+            model, table, first, windows, {}, request.out,
             fresh=request.setting.fresh, progress=progress,
         )  # fmt: skip
         chosen.save(request.out / "plan.json")
-        return _shipped(request, subject, model, chosen, wanted, _ruled(table, chosen, floors))
+        return _shipped(request, subject, model, chosen, wanted, _ruled(table, chosen, obeyed))
 
 
 def _shipped(
@@ -134,7 +136,7 @@ def _told(
     return Outcome(found, quality, folder, "\n\n".join(parts))
 
 
-def _floors(request: Request, subject: Subject, table: Sensitivity) -> dict[str, str]:
+def _rules(request: Request, subject: Subject, table: Sensitivity) -> Rules:
     """The user's, and those of tensors that hold a super weight."""
     floors: dict[str, str] = {}
     if request.protect:
@@ -143,7 +145,8 @@ def _floors(request: Request, subject: Subject, table: Sensitivity) -> dict[str,
         )
         found.save(request.out / "superweights.json")
         floors = superweights.floors(found, table.units)
-    return floors | options.rules(request.floor, "--floor")
+    own = options.own_rules(request.keep, request.floor)
+    return Rules(floors=floors).and_also(own.pins, own.floors)
 
 
 def _rival(
@@ -169,11 +172,11 @@ def _rival(
     return best, _quantized(fitting[best])
 
 
-def _ruled(table: Sensitivity, chosen: Plan, floors: Mapping[str, str]) -> dict[str, str]:
-    """Tensor -> the plan's format, for what the user's pins and the floors speak of: a rival that
-    broke them would be no choice."""
-    patterns = (*chosen.pins, *floors)
-    ruled = (u for pattern in patterns for u in plan.matching(table.units, pattern))
+def _ruled(table: Sensitivity, chosen: Plan, obeyed: Rules) -> dict[str, str]:
+    """Tensor -> the plan's format, for what pins and floors speak of: a rival that broke them would
+    be no choice."""
+    patterns = (*obeyed.pins, *obeyed.floors)
+    ruled = (u for pattern in patterns for u in rules.matching(table.units, pattern))
     return {tensor: chosen.tensors[tensor] for unit in ruled for tensor in unit.tensors}
 
 

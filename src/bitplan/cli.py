@@ -111,6 +111,7 @@ def plan(
     from bitplan import plan as stage
     from bitplan import summary
     from bitplan.artifacts import Sensitivity, load
+    from bitplan.rules import Rules
 
     table = load(sensitivity, Sensitivity)
     budget = o.chosen_budget(
@@ -122,9 +123,9 @@ def plan(
         ctx=ctx,
         model=o.located(model) if model else None,
     )
+    own = o.own_rules(keep, floor)
     floors = cli_super.floors(table, sensitivity, protect_super_weights, super_weights)
-    floors |= o.rules(floor, "--floor")
-    result = stage.make(table, budget, pins=o.rules(keep, "--keep"), floors=floors)
+    result = stage.make(table, budget, Rules(floors=floors).and_also(own.pins, own.floors))
     result.save(out or sensitivity.with_name("plan.json"))
     console.show(summary.of_plan(result), result.dumps(), as_json, quiet)
 

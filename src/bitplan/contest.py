@@ -73,7 +73,6 @@ def run(
     calibration: Windows,
     held_out: Windows,
     *,
-    floors: Mapping[str, str] | None = None,
     rivals: Rivals = "near",
 ) -> Result:
     """Turn a first plan into the best measured file within its budget."""
@@ -84,7 +83,6 @@ def run(
         calibration,
         ring.importance,
         ring.out,
-        floors=floors,
         fresh=ring.fresh,
         progress=ring.progress,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,20 +29,35 @@ class Options:
     damage: npt.NDArray[np.float64]
 
 
-def least_damage(units: list[Options], budget: int) -> Choice | None:
-    """Index of the chosen option per unit; None when even the smallest do not fit.
+@dataclass(frozen=True)
+class Share:
+    """Of the bytes of all units together, what some of them may take."""
 
-    Minimises the sum of damage subject to the sum of bytes <= budget.
+    members: Sequence[int]
+    """Indices of units."""
+    least: float | None = None
+    most: float | None = None
+    name: str = ""
+
+
+def least_damage(units: list[Options], budget: int, shares: Sequence[Share] = ()) -> Choice | None:
+    """Index of the chosen option per unit; None when nothing fits.
+
+    Minimises the sum of damage subject to the sum of bytes <= budget and to the shares.
     """
-    return _solve(units, minimise="damage", limit=budget)
+    return _solve(units, minimise="damage", limit=budget, shares=shares)
 
 
-def fewest_bytes(units: list[Options], max_damage: float) -> Choice | None:
+def fewest_bytes(
+    units: list[Options], max_damage: float, shares: Sequence[Share] = ()
+) -> Choice | None:
     """The other way round: fewest bytes with total damage <= max_damage; None if it cannot be."""
-    return _solve(units, minimise="bytes", limit=max_damage)
+    return _solve(units, minimise="bytes", limit=max_damage, shares=shares)
 
 
-def _solve(units: list[Options], minimise: str, limit: float) -> Choice | None:
+def _solve(
+    units: list[Options], minimise: str, limit: float, shares: Sequence[Share]
+) -> Choice | None:
     bytes_ = np.concatenate([u.bytes for u in units]).astype(float)
     damage = np.concatenate([u.damage for u in units])
     goal, bound = (damage, bytes_) if minimise == "damage" else (bytes_, damage)
@@ -52,6 +67,7 @@ def _solve(units: list[Options], minimise: str, limit: float) -> Choice | None:
     # multiples of 32 in a GGUF file, and whole numbers suit it best.
     scale = 32.0 if minimise == "damage" else max(float(bound.max()), 1e-300) / 1e3
     goal_scale = max(float(np.abs(goal).max()), 1e-300) / 1e3
+    fixed = [LinearConstraint(ones, 1, 1), *_share_rows(shares, bytes_, owner)]
     target = limit
     for _ in range(8):
         with _silent_stdout():
@@ -60,7 +76,7 @@ def _solve(units: list[Options], minimise: str, limit: float) -> Choice | None:
                 integrality=np.ones(len(goal), np.int64),
                 bounds=Bounds(0, 1),
                 constraints=[
-                    LinearConstraint(ones, 1, 1),
+                    *fixed,
                     LinearConstraint(csr_array(bound[None] / scale), -np.inf, target / scale),
                 ],
                 options={"mip_rel_gap": 1e-9},
@@ -79,6 +95,21 @@ def _solve(units: list[Options], minimise: str, limit: float) -> Choice | None:
             return choice
         target -= 2 * over  # the solver's tolerance let it stray over; ask again a little lower
     return None
+
+
+def _share_rows(
+    shares: Sequence[Share], bytes_: npt.NDArray[np.float64], owner: npt.NDArray[np.intp]
+) -> list[LinearConstraint]:
+    """own bytes - share x all bytes, at least or at most 0; scaled so that all bytes are ~1000."""
+    scale = max(float(bytes_.sum()), 1.0) / 1e3
+    rows = []
+    for share in shares:
+        own = np.isin(owner, share.members)
+        for part, low, high in ((share.least, 0, np.inf), (share.most, -np.inf, 0)):
+            if part is not None:
+                row = bytes_ * (own - part) / scale
+                rows.append(LinearConstraint(csr_array(row[None]), low, high))
+    return rows
 
 
 @contextlib.contextmanager

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitplan import budget, formats, hub, hub_data, text
+from bitplan import budget, formats, hub, hub_data, records, text
 from bitplan.artifacts import Budget, ModelFacts, Plan, load
 from bitplan.demo import corpus
 from bitplan.errors import ImatrixError, UnknownNameError, UsageError, WriteError
 from bitplan.files import write_text
 from bitplan.formats import Format
 from bitplan.gguf_file import Header
+from bitplan.rules import Rules
 from bitplan.units import Grouping
 
 if TYPE_CHECKING:  # heavy: `bitplan plan` starts without llama.cpp
@@ -34,7 +35,11 @@ Models = Annotated[
 ]
 Texts = Annotated[
     list[str] | None,
-    typer.Option("--text", help="File, 'builtin' or 'wikitext2'; repeatable. [default: builtin]"),
+    typer.Option(
+        "--text",
+        help="Text, .json, .jsonl or .parquet file (FILE#COLUMN), hub:OWNER/NAME, 'builtin' or"
+        " 'wikitext2'; repeatable. [default: builtin]",
+    ),
 ]
 EvalTexts = Annotated[
     list[str] | None,
@@ -189,8 +194,9 @@ def seen(
 
 
 def _files(sources: Sequence[str] | None) -> list[str]:
-    """Each source so that the same file has one name."""
-    return [s if _is_named(s) else str(Path(s).resolve()) for s in sources or ["builtin"]]
+    """Each source so that the same file has one name, whichever of its columns is read."""
+    names = (records.split(s)[0] for s in sources or ["builtin"])
+    return [n if _is_named(n) else str(Path(n).resolve()) for n in names]
 
 
 def _is_named(source: str) -> bool:
@@ -294,6 +300,11 @@ def rules(items: Sequence[str] | None, option: str) -> dict[str, str]:
             raise UsageError(f"{option} {item!r}: write PATTERN=FORMAT, such as 'output=q6_k'.")
         found[pattern] = formats.get(name).name
     return found
+
+
+def own_rules(keep: Sequence[str] | None, floor: Sequence[str] | None) -> Rules:
+    """What --keep and --floor ask of a plan. Raises UsageError, UnknownNameError."""
+    return Rules(rules(keep, "--keep"), rules(floor, "--floor"))
 
 
 def is_planned(header: Header, folder: Path) -> bool:

@@ -1,19 +1,18 @@
 """Stage 2: sensitivity.json and a budget -> plan.json.
 
 Pure: no model, no torch, no clock; a new budget never measures again. The choice is exact
-(`knapsack`), pins and floors are constraints, and every unit gets its reason in words.
+(`knapsack`), `rules` are constraints, and every unit gets its reason in words.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from bitplan import formats, knapsack
+from bitplan import formats, knapsack, rules
 from bitplan.artifacts import (
     Budget,
     Origin,
@@ -27,11 +26,12 @@ from bitplan.artifacts import (
 )
 from bitplan.budget import human
 from bitplan.errors import BudgetError, UsageError
+from bitplan.rules import Rules
 
 
 @dataclass(frozen=True)
 class Table:
-    """The sensitivity as the knapsack needs it, pins and floors already applied."""
+    """The sensitivity as the knapsack needs it, with the options that the rules leave."""
 
     units: list[UnitFacts]
     cells: list[list[Score]]
@@ -39,6 +39,7 @@ class Table:
     fixed_bytes: int
     pins: dict[str, str]
     """Unit -> the rule that pinned it, as the user wrote it."""
+    shares: list[knapsack.Share]
 
     @property
     def options(self) -> list[knapsack.Options]:
@@ -58,20 +59,13 @@ class Table:
         return self.fixed_bytes + low, self.fixed_bytes + high
 
 
-def make(
-    sensitivity: Sensitivity,
-    budget: Budget,
-    *,
-    pins: Mapping[str, str] | None = None,
-    floors: Mapping[str, str] | None = None,
-) -> Plan:
-    """The plan of least predicted damage within a budget.
+def make(sensitivity: Sensitivity, budget: Budget, wanted: Rules | None = None) -> Plan:
+    """The plan of least predicted damage within a budget that obeys the rules.
 
-    pins, floors: pattern -> format; a pattern is a unit's name, a role or a glob over either
-    (`output`, `attn_v`, `blk.0.*`). Raises BudgetError outside the reachable range, UsageError for
-    a pattern that matches nothing.
+    Raises BudgetError outside the reachable range, UsageError for a pattern that matches nothing.
     """
-    table = tabulate(sensitivity, pins or {}, floors or {})
+    wanted = wanted or Rules()
+    table = tabulate(sensitivity, wanted)
     budget, choice = _choose(table, budget)
     chosen = [row[int(k)] for row, k in zip(table.cells, choice, strict=True)]
     total = table.fixed_bytes + sum(c.bytes for c in chosen)
@@ -84,7 +78,7 @@ def make(
             python=sensitivity.origin.python,
             parents={**sensitivity.origin.parents, "sensitivity": sensitivity.hash()},
             seed=sensitivity.origin.seed,
-            settings={"floors": dict(floors or {})},
+            settings=wanted.settings,
         ),
         model=sensitivity.model,
         formats={c.unit: c.format for c in chosen},
@@ -95,60 +89,59 @@ def make(
         damage_unit=sensitivity.damage_unit,
         budget=budget,
         reasons=_reasons(table, chosen, _price(table, steps, total)),
-        pins=dict(pins or {}),
+        pins=dict(wanted.pins),
         frontier=_points(table, start, steps, weights),
         two_level=two_level(sensitivity, budget.bytes),
         imatrix=sensitivity.imatrix,
     )
 
 
-def tabulate(sensitivity: Sensitivity, pins: Mapping[str, str], floors: Mapping[str, str]) -> Table:
-    """Group the cells by unit and leave only the options that pins and floors allow.
+def tabulate(sensitivity: Sensitivity, wanted: Rules) -> Table:
+    """Group the cells by unit and leave only the options that the rules allow.
 
     Raises UsageError for a pattern that matches nothing, or a pin to what was not measured.
     """
-    cells: dict[str, list[Score]] = {u.name: [] for u in sensitivity.units}
+    units = sensitivity.units
+    cells: dict[str, list[Score]] = {u.name: [] for u in units}
     for score in sensitivity.scores:
         cells[score.unit].append(score)
     pinned: dict[str, str] = {}
-    for pattern, name in pins.items():
-        fmt = formats.get(name).name
-        for unit in matching(sensitivity.units, pattern):
-            kept = [c for c in cells[unit.name] if c.format == fmt]
-            if not kept:
-                known = ", ".join(sorted({c.format for c in cells[unit.name]}))
-                raise UsageError(
-                    f"--keep {pattern}={name}: {unit.name} was not measured as {fmt}, only as"
-                    f" {known}; measure with --formats that name it."
-                )
-            cells[unit.name] = kept
+    for pattern, name in wanted.pins.items():
+        for unit in rules.matching(units, pattern):
+            cells[unit.name] = _pinned(cells[unit.name], unit, pattern, name)
             pinned[unit.name] = f"{pattern}={name}"
-    for pattern, name in floors.items():
-        least = formats.get(name).bits
-        for unit in matching(sensitivity.units, pattern):
-            row = cells[unit.name]
-            kept = [c for c in row if formats.get(c.format).bits >= least]
-            cells[unit.name] = kept or [max(row, key=lambda c: c.bytes)]
-    rows = [sorted(cells[u.name], key=lambda c: (c.bytes, c.format)) for u in sensitivity.units]
-    return Table(sensitivity.units, rows, sensitivity.fixed_bytes, pinned)
+    for pattern, name in wanted.floors.items():
+        for unit in rules.matching(units, pattern):
+            cells[unit.name] = rules.at_least(cells[unit.name], name)
+    for pattern, name in wanted.ceilings.items():
+        for unit in rules.matching(units, pattern):
+            cells[unit.name] = rules.at_most(cells[unit.name], name)
+    rows = [sorted(cells[u.name], key=lambda c: (c.bytes, c.format)) for u in units]
+    return Table(units, rows, sensitivity.fixed_bytes, pinned, _shares(units, wanted))
 
 
-def matching(units: list[UnitFacts], pattern: str) -> list[UnitFacts]:
-    """Units whose name or role the pattern matches, whole (`blk.1` is not `blk.10`).
-
-    Raises UsageError when none does.
-    """
-    found = [
-        u
-        for u in units
-        if fnmatch.fnmatchcase(u.name, pattern) or fnmatch.fnmatchcase(u.role, pattern)
-    ]
-    if not found:
-        roles = ", ".join(sorted({u.role for u in units}))
+def _pinned(row: list[Score], unit: UnitFacts, pattern: str, name: str) -> list[Score]:
+    fmt = formats.get(name).name
+    kept = [c for c in row if c.format == fmt]
+    if not kept:
+        known = ", ".join(sorted({c.format for c in row}))
         raise UsageError(
-            f"no unit matches {pattern!r}; use a unit's name, a role ({roles}) or a glob such as"
-            " 'blk.0.*'."
+            f"--keep {pattern}={name}: {unit.name} was not measured as {fmt}, only as"
+            f" {known}; measure with --formats that name it."
         )
+    return kept
+
+
+def _shares(units: Sequence[UnitFacts], wanted: Rules) -> list[knapsack.Share]:
+    """Shares of bytes, from those for each weight."""
+    weights = [sum(math.prod(shape) for shape in u.shapes) for u in units]
+    found = []
+    for share in wanted.shares:
+        members = [i for i, u in enumerate(units) if u.name in share.units]
+        part = sum(weights[i] for i in members) / sum(weights)
+        least = None if share.least is None else share.least * part
+        most = None if share.most is None else share.most * part
+        found.append(knapsack.Share(members, least, most, share.name))
     return found
 
 
@@ -164,7 +157,7 @@ def stored(sensitivity: Sensitivity, assignment: Mapping[str, str]) -> dict[str,
 def _choose(table: Table, budget: Budget) -> tuple[Budget, knapsack.Choice]:
     low, high = table.reachable()
     if budget.max_kl is not None:
-        choice = knapsack.fewest_bytes(table.options, budget.max_kl)
+        choice = knapsack.fewest_bytes(table.options, budget.max_kl, table.shares)
         if choice is None:
             raise BudgetError(
                 f"--max-kl {budget.max_kl:g} is below what these formats reach; raise it, or"
@@ -181,9 +174,13 @@ def _choose(table: Table, budget: Budget) -> tuple[Budget, knapsack.Choice]:
             f"budget {budget.text}{aside} is {human(budget.bytes)}, {side} reachable size; choose"
             f" between {human(low, exact=True)} and {human(high, exact=True)}."
         )
-    choice = knapsack.least_damage(table.options, budget.bytes - table.fixed_bytes)
+    choice = knapsack.least_damage(table.options, budget.bytes - table.fixed_bytes, table.shares)
     if choice is None:
-        raise BudgetError(f"no assignment fits {budget.text} ({human(budget.bytes)}).")
+        what = f" with {'; '.join(s.name for s in table.shares)}" if table.shares else ""
+        raise BudgetError(
+            f"no assignment fits {budget.text} ({human(budget.bytes)}){what}; choose another budget"
+            " or relax the rules."
+        )
     return budget, choice
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bitplan import inference, measured, plan
+from bitplan import inference, measured, plan, rules
 from bitplan.artifacts import Plan, Sensitivity
 from bitplan.measured import Place, Work
 from bitplan.runtimes import Runtime
@@ -60,12 +60,12 @@ def run(
     importance: Importance,
     out: Path,
     *,
-    floors: Mapping[str, str] | None = None,
     rounds: int = 3,
     fresh: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Plan:
-    """The best measured of the first plan and its corrected successors, within the same budget.
+    """The best measured of the first plan and its corrected successors, by the same budget and
+    rules.
 
     What it measures is kept in OUT/measured, and not measured again when the run is repeated,
     unless it is to be `fresh`.
@@ -81,7 +81,7 @@ def run(
         tried.append((found[WHOLE], current))
         factors = updated(factors, sensitivity, current, found)
         corrected = inference.scaled(sensitivity, factors)
-        current = plan.make(corrected, first.budget, pins=first.pins, floors=floors)
+        current = plan.make(corrected, first.budget, rules.of(first))
         if any(current.formats == before.formats for _, before in tried):
             break
     kl, best = min(tried, key=lambda pair: pair[0])

@@ -189,17 +189,17 @@ def spending(rows: list[Stored], sensitivity: Sensitivity) -> dict[str, dict[str
 
 def alternatives(sensitivity: Sensitivity, plan: Plan) -> list[Alternative]:
     """What other budgets would change; one out of reach gives way to the nearest within it."""
+    from bitplan import rules
     from bitplan.inference import scaled
     from bitplan.plan import make, tabulate
 
-    floors = _recorded(plan, "floors")
+    obeyed = rules.of(plan)
     factors = _recorded(plan, "refined").get("format_factors", {})
     sensitivity = scaled(sensitivity, factors)
-    low, high = tabulate(sensitivity, plan.pins, floors).reachable()
+    low, high = tabulate(sensitivity, obeyed).reachable()
     wanted = [min(max(int(share * plan.budget.bytes), low), high) for share in (1.0, *AROUND)]
     here, *others = (
-        make(sensitivity, Budget(text=human(n), bytes=n), pins=plan.pins, floors=floors)
-        for n in dict.fromkeys(wanted)
+        make(sensitivity, Budget(text=human(n), bytes=n), obeyed) for n in dict.fromkeys(wanted)
     )
     return [
         _difference(sensitivity, here, there, there.budget.bytes / here.budget.bytes)
