@@ -59,13 +59,14 @@ def parse(name: str) -> Name:
     return Name(f"{owner}/{repo}", config, revision, split)
 
 
-def fetch(name: str, purpose: Part) -> list[Path]:
+def fetch(name: str, purpose: Part, most: int = 0) -> list[Path]:
     """The files of one split: the one named, else `train` for calibration and `validation` (`dev`,
-    `test`) for figures. Raises UsageError, TextError."""
+    `test`) for figures. most: where there are more, nothing is fetched; 0 takes all. Raises
+    UsageError, TextError."""
     wanted = parse(name)
     splits = (wanted.split,) if wanted.split else _SPLITS[purpose]
     try:
-        return _fetched(wanted, splits)
+        return _fetched(wanted, splits, most)
     except BitplanError:
         raise
     except Exception as error:  # the client's errors have no common base, over its versions
@@ -114,12 +115,17 @@ def _place(file: str) -> tuple[str, str]:
     return folder, split
 
 
-def _fetched(wanted: Name, splits: Sequence[str]) -> list[Path]:
+def _fetched(wanted: Name, splits: Sequence[str], most: int) -> list[Path]:
     import huggingface_hub as hub
 
     at = wanted.revision or None
     listed = hub.list_repo_files(wanted.repo, repo_type="dataset", revision=at)
     files = choose(listed, wanted.config, splits, wanted.told)
+    if 0 < most < len(files):
+        raise TextError(
+            f"{wanted.told}: has its data in {len(files):,} files, more than a text needs; fetch"
+            f" one, such as {files[0]}, and name it with --text."
+        )
     only = [glob.escape(f) for f in files]
     folder = hub.snapshot_download(
         wanted.repo, repo_type="dataset", revision=at, allow_patterns=only

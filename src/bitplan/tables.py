@@ -1,7 +1,9 @@
-"""Tables of examples: TSV, CSV, JSON-lines and parquet files -> rows by column. Reads files only.
+"""Tables of examples: TSV, CSV, JSON, JSON-lines and parquet files -> rows by column. Reads only.
 
-TSV is read as GLUE writes it, without quoting; CSV with it. Parquet, the form of most data sets on
-the hub, needs pyarrow, which comes with the `hf` extra.
+A `.json` file is one list of objects or strings, one object, or, as `.jsonl`, one record a line; a
+string stands for an object that has it as `text`. TSV is read as GLUE writes it, without quoting;
+CSV with it. Parquet, the form of most data sets on the hub, needs pyarrow, which comes with the
+`hf` extra.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from typing import Any
 
 from bitplan.errors import TextError
 
-SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+RECORDS = (".jsonl", ".ndjson", ".json", ".parquet")
+"""Files that name the columns of every record."""
+SUFFIXES = (".tsv", ".csv", *RECORDS)
 
 Row = dict[str, Any]
 """Column, in lower case, -> cell."""
@@ -31,10 +35,12 @@ class Table:
     """In lower case; `1`, `2`, ... where the file has no header."""
     rows: list[tuple[int, Row]]
     """Line of the file, counted from 1, and what it holds."""
+    counted: str = "line"
+    """What the rows are counted as: `row` in parquet files, `record` in a JSON list."""
 
     def at(self, line: int) -> str:
         """What messages call a row."""
-        return f"{self.path}, {'row' if self.path.suffix == '.parquet' else 'line'} {line}"
+        return f"{self.path}, {self.counted} {line}"
 
 
 def read(path: Path, names: Collection[str]) -> Table:
@@ -43,16 +49,18 @@ def read(path: Path, names: Collection[str]) -> Table:
     names: columns to know a header by; a TSV or CSV file whose first row has none of them has no
     header. Raises TextError for a file that cannot be read, is damaged or has no rows.
     """
-    suffix = path.suffix.lower()
+    suffix, counted = path.suffix.lower(), "line"
     if suffix == ".parquet":
-        rows = _parquet(path)
-    elif suffix in (".jsonl", ".json"):
+        rows, counted = _parquet(path), "row"
+    elif suffix == ".json" and (whole := _document(path)) is not None:
+        rows, counted = whole, "record"
+    elif suffix in RECORDS:
         rows = list(_objects(path))
     else:
         rows = list(_cells(path, suffix, names))
     if not rows:
         raise TextError(f"{path}: holds no examples; name another file.")
-    return Table(path, tuple(rows[0][1]), rows)
+    return Table(path, tuple(rows[0][1]), rows, counted)
 
 
 def _text(path: Path) -> str:
@@ -97,12 +105,45 @@ def _objects(path: Path) -> Iterator[tuple[int, Row]]:
         if not body.strip():
             continue
         try:
-            found = json.loads(body)
+            row = _row(json.loads(body))
         except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
+            row = None
+        if row is None:
             raise TextError(f"{path}, line {line}: is no JSON object; write one example a line.")
-        yield line, {str(key).strip().lower(): value for key, value in found.items()}
+        yield line, row
+
+
+def _document(path: Path) -> list[tuple[int, Row]] | None:
+    """The records of a file that is one JSON list or object; None where each line is one."""
+    body = _text(path)
+    is_list = body.lstrip().startswith("[")
+    try:
+        whole = json.loads(body)
+    except json.JSONDecodeError as error:
+        if is_list:
+            where = f"{path}, line {error.lineno}"
+            raise TextError(f"{where}: is no valid JSON ({error.msg}); correct it.") from None
+        return None
+    except RecursionError:
+        raise TextError(f"{path}: is nested too deeply; write a list of records.") from None
+    rows = []
+    for number, found in enumerate(whole if is_list else [whole], 1):
+        row = _row(found)
+        if row is None:
+            raise TextError(
+                f"{path}, record {number}: is neither an object nor a string; correct it."
+            )
+        rows.append((number, row))
+    return rows
+
+
+def _row(found: Any) -> Row | None:
+    """What one record holds; None for what is none."""
+    if isinstance(found, str):
+        return {"text": found}
+    if not isinstance(found, dict):
+        return None
+    return {str(key).strip().lower(): value for key, value in found.items()}
 
 
 def _parquet(path: Path) -> list[tuple[int, Row]]:

@@ -1,7 +1,8 @@
 """Text -> windows of tokens, with a content hash.
 
-Reads text files, the built-in corpus (`builtin`), or WikiText-2 (`wikitext2`: from the folder that
-BITPLAN_DATA names, else from the hub); writes nothing.
+Reads text files, records and data sets on the hub (see `records`), the built-in corpus (`builtin`),
+or WikiText-2 (`wikitext2`: from the folder that BITPLAN_DATA names, else from the hub); writes
+nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bitplan import hub_data
+from bitplan import hub_data, records
 from bitplan.artifacts import TextFacts
 from bitplan.demo import corpus
 from bitplan.errors import TextError
@@ -39,8 +40,9 @@ class Windows:
 def load(sources: Sequence[str], purpose: corpus.Part) -> str:
     """The text of all sources, one after another.
 
-    sources: file paths, `builtin` or `wikitext2`; of the latter two, `purpose` selects the part, so
-    that nothing is calibrated and evaluated on the same text. Raises TextError.
+    sources: file paths, `builtin`, `wikitext2` or `hub:OWNER/NAME`; of the latter three, `purpose`
+    selects the part, so that nothing is calibrated and evaluated on the same text. Raises
+    TextError, and UsageError for records without the column that is named.
     """
     return "".join(_load(source, purpose) for source in sources)
 
@@ -56,6 +58,8 @@ def _load(source: str, purpose: corpus.Part) -> str:
         return text
     if source == "wikitext2":
         return _wikitext2(_WIKITEXT.get(purpose, "wiki.train.raw"))
+    if records.holds(source):
+        return records.load(source, purpose)
     path = Path(source)
     try:
         return path.read_text(encoding="utf-8")
@@ -87,7 +91,7 @@ def _wikitext2(member: str) -> str:
 def is_parted(source: str) -> bool:
     """Whether calibration and figures read different parts of this source by themselves."""
     if source.startswith(hub_data.PREFIX):
-        return not hub_data.parse(source).split
+        return not hub_data.parse(records.split(source)[0]).split
     return source in ("builtin", "wikitext2")
 
 
