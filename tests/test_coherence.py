@@ -54,7 +54,7 @@ def test_agreement_ends_at_the_first_difference() -> None:
 
 
 class Whole:
-    """A runtime that only runs whole windows, as llama.cpp's does."""
+    """A runtime that only runs whole windows."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -8,7 +8,6 @@ the second half is scored, and several windows go through one decode as separate
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,13 +22,14 @@ from llama_cpp import llama_cpp as capi
 
 from bitplan import formats, gguf_file, gguf_layout, identity, units
 from bitplan.artifacts import ModelFacts
-from bitplan.errors import RuntimeFailure
+from bitplan.errors import RuntimeFailure, UsageError
 from bitplan.formats import Format
 from bitplan.machine import available_cores
 from bitplan.runtimes import capture as capturing
-from bitplan.runtimes import ggml, log
+from bitplan.runtimes import decoding, ggml, log
 from bitplan.runtimes.statistics import Captured
 from bitplan.runtimes.swap import Assignment, Weights, original
+from bitplan.runtimes.vocabulary import Vocabulary
 from bitplan.tensors import Tensor
 
 Tokens = npt.NDArray[np.int32]
@@ -72,14 +72,13 @@ class LlamaModel:
         with contextlib.ExitStack() as undo:
             undo.callback(self._resources.close)
             self._model = self._load(swap)
-            self._vocab = capi.llama_model_get_vocab(self._model)
-            self.n_vocab = int(capi.llama_vocab_n_tokens(self._vocab))
+            self._vocabulary = Vocabulary(self._model, self.path)
+            self.n_vocab = self._vocabulary.size
             context = self._new_context(ctx * self.parallel, self.parallel)
             self._context = self._resources.enter_context(context)
-            self._batch = capi.llama_batch_init(ctx * self.parallel, 0, self.parallel)
-            self._resources.callback(capi.llama_batch_free, self._batch)
+            batch = decoding.Batch(ctx * self.parallel, self.parallel)
+            self._batch = self._resources.enter_context(batch)
             undo.pop_all()  # all went well: what was opened stays open
-        self._sequences: tuple[int, ...] = ()
         self._weights: Weights | None = None
 
     # --- opening and closing ---------------------------------------------------------------
@@ -97,27 +96,10 @@ class LlamaModel:
         self._resources.callback(capi.llama_model_free, model)
         return model
 
-    @contextlib.contextmanager
-    def _new_context(self, n_ctx: int, sequences: int, callback: Any = None) -> Iterator[Any]:
-        """A llama.cpp context, freed on leaving the block."""
-        params = capi.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_ctx, min(n_ctx, 512)
-        params.n_seq_max = sequences
-        params.n_threads = params.n_threads_batch = self.threads
-        params.no_perf = True
-        if callback is not None:
-            params.cb_eval = callback
-        with log.captured() as lines:
-            context = capi.llama_init_from_model(self._model, params)
-        if not context:
-            raise RuntimeFailure(
-                f"{self.path}: llama.cpp cannot make a context of {n_ctx} tokens:"
-                f" {log.reason(lines)}; try a smaller --ctx."
-            )
-        try:
-            yield context
-        finally:
-            capi.llama_free(context)
+    def _new_context(
+        self, n_ctx: int, sequences: int, callback: Any = None
+    ) -> contextlib.AbstractContextManager[Any]:
+        return decoding.context(self._model, n_ctx, sequences, self.threads, self.path, callback)
 
     def close(self) -> None:
         self._resources.close()
@@ -177,41 +159,22 @@ class LlamaModel:
     @property
     def bos(self) -> int | None:
         """The token that opens every window, where the vocabulary adds one."""
-        if not capi.llama_vocab_get_add_bos(self._vocab):
-            return None
-        return int(capi.llama_vocab_bos(self._vocab))
+        return self._vocabulary.bos
 
     def tokenize(self, text: str) -> Tokens:
         """Text -> token ids, special tokens added as the model's tokenizer wants them."""
-        raw = text.encode()
-        out = np.empty(len(raw) + 8, np.int32)
-        pointer = out.ctypes.data_as(ctypes.POINTER(capi.llama_token))
-        with log.captured():
-            count = capi.llama_tokenize(self._vocab, raw, len(raw), pointer, len(out), True, False)
-        if count < 0:
-            raise RuntimeFailure(f"{self.path}: its tokenizer failed on this text.")
-        return out[:count].copy()
+        return self._vocabulary.tokenize(text)
 
     def encode(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
         raise RuntimeFailure(f"{self.path}: is no classifier; it has text, not examples.")
 
     def text(self, tokens: Tokens) -> str:
         """The text that one row of tokens stands for; special tokens stand for none."""
-        buffer, found = ctypes.create_string_buffer(512), b""
-        for i in tokens:
-            size = capi.llama_token_to_piece(self._vocab, int(i), buffer, len(buffer), 0, False)
-            found += buffer.raw[: max(size, 0)]
-        return found.decode(errors="replace")
+        return self._vocabulary.text(tokens)
 
     def text_bytes(self, tokens: Tokens) -> int:
         """Bytes of text that these tokens stand for; special tokens stand for none."""
-        buffer = ctypes.create_string_buffer(512)
-        ids, counts = np.unique(tokens, return_counts=True)
-        lengths = [
-            abs(capi.llama_token_to_piece(self._vocab, int(i), buffer, len(buffer), 0, False))
-            for i in ids  # of a piece that does not fit, its length is given, negative
-        ]
-        return int(np.dot(lengths, counts))
+        return self._vocabulary.text_bytes(tokens)
 
     # --- running ---------------------------------------------------------------------------
 
@@ -226,31 +189,26 @@ class LlamaModel:
         for begin in range(0, len(windows), self.parallel):
             group = windows[begin : begin + self.parallel]
             self._decode(self._context, group, first_output=part.start)
-            pointer = capi.llama_get_logits(self._context)
-            shape = (len(group), width, self.n_vocab)
-            whole = np.ctypeslib.as_array(pointer, shape)
+            whole = decoding.logits(self._context, (len(group), width, self.n_vocab))
             yield from whole[:, : self.positions]
 
     def _decode(self, context: Any, windows: Tokens, first_output: int) -> None:
-        count, length = windows.shape
-        total = count * length
-        batch = self._batch
-        batch.n_tokens = total
-        _view(batch.token, total)[:] = windows.reshape(-1)
-        _view(batch.pos, total)[:] = np.tile(np.arange(length), count)
-        _view(batch.n_seq_id, total)[:] = 1
-        _view(batch.logits, total)[:] = np.tile(np.arange(length) >= first_output, count)
-        if self._sequences != windows.shape:  # a slow loop; the layout is nearly always the same
-            for i in range(total):
-                batch.seq_id[i][0] = i // length
-            self._sequences = windows.shape
-        capi.llama_memory_clear(capi.llama_get_memory(context), True)
-        with log.captured() as lines:
-            code = capi.llama_decode(context, batch)
-        if code != 0:
-            raise RuntimeFailure(
-                f"{self.path}: llama.cpp failed to run it (code {code}): {log.reason(lines)}"
+        decoding.read(context, self._batch, windows, first_output, self.path)
+
+    def continued(self, prompts: Tokens, count: int) -> Tokens:
+        """The most likely next tokens of the model as it stands, one by one: [n, tokens] ->
+        [n, count]. Raises UsageError where both together are longer than a window."""
+        if prompts.shape[1] + count > self.ctx:
+            raise UsageError(
+                f"{self.path}: {prompts.shape[1]} tokens and {count} more do not fit a window of"
+                f" {self.ctx}; open it with a larger --ctx."
             )
+        groups = [prompts[i : i + self.parallel] for i in range(0, len(prompts), self.parallel)]
+        parts = [
+            decoding.continued(self._context, self._batch, g, count, self.n_vocab, self.path)
+            for g in groups
+        ]
+        return np.concatenate([np.empty((0, count), np.int32), *parts])
 
     def timed(self, prompt: int, generated: int) -> tuple[float, float]:
         """Seconds to read `prompt` tokens at once, and to generate `generated` one by one."""
@@ -260,16 +218,8 @@ class LlamaModel:
             self._decode(context, tokens, first_output=prompt - 1)
             read = time.perf_counter()
             for i in range(generated):
-                self._decode_one(context, prompt + i)
+                decoding.add(context, self._batch, tokens[:, :1], prompt + i, self.path)
             return read - begun, time.perf_counter() - read
-
-    def _decode_one(self, context: Any, position: int) -> None:
-        batch = self._batch
-        batch.n_tokens = 1
-        batch.token[0], batch.pos[0], batch.logits[0] = 0, position, 1
-        batch.n_seq_id[0], batch.seq_id[0][0] = 1, 0
-        if capi.llama_decode(context, batch) != 0:
-            raise RuntimeFailure(f"{self.path}: llama.cpp failed to generate a token.")
 
     # --- weights and activations -----------------------------------------------------------
 
@@ -342,10 +292,6 @@ class LlamaModel:
                 self._decode(context, windows[begin : begin + self.parallel], first_output=0)
                 collector.check()
         return collector.result()
-
-
-def _view(pointer: Any, count: int) -> npt.NDArray[Any]:
-    return np.ctypeslib.as_array(pointer, (count,))
 
 
 def engine_version() -> str:
