@@ -33,11 +33,15 @@ def test_collected_figures_are_those_of_llama_imatrix(
     imatrix.check(found, gguf_file.read(stories))
 
 
-def test_importance_is_the_mean_square_and_one_for_an_unused_expert(small: Imatrix) -> None:
+def test_the_mean_is_llama_cpps_one_for_an_unused_expert(small: Imatrix) -> None:
+    means = {name: entry.mean() for name, entry in small.entries.items()}
+    assert means["blk.0.attn_q.weight"].tolist() == [[1, 2, 0]]
+    assert means["blk.0.ffn_up_exps.weight"].tolist() == [[1, 2], [1, 1], [1, 0.5]]
+    assert means["blk.0.attn_q.weight"].dtype == np.float32
     importance = small.importance()
-    assert importance["blk.0.attn_q.weight"].tolist() == [[1, 2, 0]]
-    assert importance["blk.0.ffn_up_exps.weight"].tolist() == [[1, 2], [1, 1], [1, 0.5]]
-    assert importance["blk.0.attn_q.weight"].dtype == np.float32
+    assert importance["blk.0.attn_q.weight"].tolist() == [[1, 2, 0]]  # nothing to borrow from
+    pooled = [16 / 16, 17 / 16]
+    np.testing.assert_allclose(importance["blk.0.ffn_up_exps.weight"][1], pooled, rtol=1e-6)
 
 
 def test_the_hash_is_of_the_numbers(small: Imatrix) -> None:

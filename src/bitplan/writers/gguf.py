@@ -45,10 +45,12 @@ def write(
     """Write `header`'s model with these types (tensor -> format); returns the equivalent command.
 
     Tensors without a type keep their own. matrix: importance matrix file, for the formats that use
-    one. removed: layers to leave out; the others are numbered anew in the file, while types and
-    matrix bear the source's names. Raises ImatrixError where a matrix is missing, ModelFileError
-    for an input that is quantized already, UsageError for layers that cannot be removed, WriteError
-    for all that goes wrong while writing; nothing is left under `out` then.
+    one; with rare experts filled up it is left beside `out`, where that differs. removed: layers to
+    leave out; the others are numbered anew, while types and matrix bear the source's names.
+
+    Raises ImatrixError where a matrix is missing, ModelFileError for an input that is quantized
+    already, UsageError for layers that cannot be removed, WriteError for all that goes wrong while
+    writing; nothing is left under `out` then.
     """
     check_source(header, types, allow_requantize)
     removal.check(header, removed)
@@ -63,6 +65,7 @@ def write(
     free = shutil.disk_usage(out.parent).free
     if free < size:
         raise WriteError(f"{out}: needs {size:,} bytes, but only {free:,} are free; make room.")
+    matrix = _filled(matrix, loaded, out)
     partial = out.with_name(out.name + ".partial")
     job = Job(
         source=str(header.shards[0]),
@@ -82,6 +85,16 @@ def write(
     finally:
         partial.unlink(missing_ok=True)
     return command(header, types, out, metadata, matrix, allow_requantize, removed)
+
+
+def _filled(file: Path | None, matrix: Imatrix | None, out: Path) -> Path | None:
+    """The file that llama.cpp is to read: where experts saw unequally many tokens another one,
+    STEM-filled.gguf beside `out`, in which rarely used ones are filled up as they were planned."""
+    if file is None or matrix is None or matrix.is_filled:
+        return file
+    filled = out.parent / f"{file.stem}-filled.gguf"
+    imatrix.write(matrix.filled(), filled)
+    return filled
 
 
 def _complete(header: Header, types: Mapping[str, str]) -> dict[str, str]:
