@@ -127,7 +127,7 @@ def variant(rest: str) -> str:
         (variant("\ncomparisons: [[a, b]]"), "5:19", "unknown variant 'b'"),
         (variant("\ncomparisons: [[a, a]]"), "5:15", "compares 'a' with itself"),
         (variant("\ncomparisons: [[a]]"), "5:15", "at least 2 entries"),
-        (variant("\ncomparisons: [[a, a, a]]"), "5:15", "names 3 variants"),
+        (variant("\ncomparisons: [[a, a, a]]"), "5:15", "has 3 entries; 2 are right"),
     ],
 )  # fmt: skip
 def test_mistakes_name_line_column_and_remedy(

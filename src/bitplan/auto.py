@@ -5,7 +5,8 @@ Checks first whether the work can succeed, then runs the stages; `contest` decid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitplan import (
@@ -18,9 +19,11 @@ from bitplan import (
     plan,
     preflight,
     presets,
+    profile_rules,
     report,
     scorers,
     summary,
+    units,
 )
 from bitplan.artifacts import Budget, Evaluation
 from bitplan.budget import human
@@ -28,7 +31,10 @@ from bitplan.contest import Rivals
 from bitplan.errors import UnknownNameError
 from bitplan.gguf_file import Header, read
 from bitplan.measure import Progress
+from bitplan.profile import Profile
+from bitplan.rules import Rules
 from bitplan.runtimes.llamacpp import LlamaModel
+from bitplan.superweights import search
 from bitplan.text import label
 
 
@@ -65,6 +71,10 @@ class Request:
     out: Path | None = None
     fresh: bool = False
     allow_requantize: bool = False
+    profile: Profile | None = None
+    """Decides formats, scorer, group and probes, and gives the plan rules."""
+    protect: bool = False
+    """Give tensors that hold a super weight a floor."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,8 @@ class Outcome:
 def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
     """Everything that `bitplan auto` does. Raises what the stages raise, as early as possible."""
     header = read(request.model)
+    if request.profile:
+        request = replace(request, **profile_rules.settled(request, request.profile, gguf=True))
     wanted, settings = _settings(request)
     budget = _checked_budget(request, header, wanted)
     out = options.folder(request.out, request.model)
@@ -109,7 +121,10 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
             fresh=request.fresh,
             progress=progress,
         )
-        first = plan.make(sensitivity, budget, options.own_rules(request.keep, request.floor))
+        floors: dict[str, str] = {}
+        if request.protect:
+            floors = search.floors(model, facts, calibration, sensitivity.units, out, progress)
+        first = plan.make(sensitivity, budget, _rules(request, header, wanted, floors))
         ring = contest.Ring(
             model,
             facts,
@@ -152,12 +167,26 @@ def _settings(request: Request) -> tuple[list[formats.Format], measure.Settings]
     )
 
 
+def _rules(
+    request: Request,
+    header: Header,
+    wanted: Sequence[formats.Format],
+    floors: Mapping[str, str] | None = None,
+) -> Rules:
+    """The profile's and the user's, which counts more; floors: of super weights."""
+    given = Rules()
+    if request.profile:
+        every = units.find(header, options.grouping(request.group))
+        given = profile_rules.rules(request.profile, every, wanted)
+    own = options.own_rules(request.keep, request.floor)
+    return given.and_also(floors=floors).and_also(own.pins, own.floors)
+
+
 def _checked_budget(request: Request, header: Header, wanted: list[formats.Format]) -> Budget:
     """The budget in bytes, once it is known that model, memory, disk and size allow the work."""
     preflight.check_source(header, request.allow_requantize)
     preflight.check_memory(header.path, header.size, preflight.SMALLER_REFERENCE)
-    options.rules(request.keep, "--keep")
-    options.rules(request.floor, "--floor")
+    obeyed = _rules(request, header, wanted)
     _rivals(request.presets)
     budget = options.chosen_budget(
         request.size,
@@ -170,7 +199,7 @@ def _checked_budget(request: Request, header: Header, wanted: list[formats.Forma
     )
     dataset = None if request.no_imatrix else label(request.text, "calibration")
     keys = gguf_layout.added_keys(dataset, 0, 0)  # an estimate where --imatrix names a file
-    low, high = preflight.reachable(header, wanted, keys, options.grouping(request.group))
+    low, high = preflight.reachable(header, wanted, keys, options.grouping(request.group), obeyed)
     preflight.check_budget(budget, low, high)
     out = options.folder(request.out, request.model)
     preflight.check_disk(out, 2 * (budget.bytes or high))

@@ -30,7 +30,6 @@ from bitplan import (
     rules,
     summary,
     summary_quality,
-    superweights,
     units,
 )
 from bitplan.artifacts import Evaluation, Plan, Quantized, Sensitivity
@@ -137,16 +136,16 @@ def _told(
 
 
 def _rules(request: Request, subject: Subject, table: Sensitivity) -> Rules:
-    """The user's, and those of tensors that hold a super weight."""
+    """The profile's and the user's, and floors of tensors that hold a super weight."""
     floors: dict[str, str] = {}
     if request.protect:
-        found = search.run(
-            subject.model, subject.facts, subject.calibration, progress=subject.progress
-        )
-        found.save(request.out / "superweights.json")
-        floors = superweights.floors(found, table.units)
+        floors = search.floors(
+            subject.model, subject.facts, subject.calibration, table.units, request.out,
+            subject.progress,
+        )  # fmt: skip
     own = options.own_rules(request.keep, request.floor)
-    return Rules(floors=floors).and_also(own.pins, own.floors)
+    given = auto_hf_request.obeyed(request, subject.source, auto_hf_request.candidates(request))
+    return given.and_also(floors=floors).and_also(own.pins, own.floors)
 
 
 def _rival(

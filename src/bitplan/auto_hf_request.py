@@ -10,13 +10,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bitplan import formats, machine, measure, options, preflight, scorers, units
+from bitplan import (
+    formats,
+    machine,
+    measure,
+    options,
+    preflight,
+    profile_rules,
+    rules,
+    scorers,
+    units,
+)
 from bitplan.artifacts import Budget
 from bitplan.errors import RuntimeFailure, UsageError
 from bitplan.formats import Format
+from bitplan.profile import Profile
 from bitplan.quantizers import Method
+from bitplan.rules import Rules
 from bitplan.runtimes.hf import devices, opening
 from bitplan.setting import Setting
+from bitplan.sources import Source
 from bitplan.sources.hf import HfSource
 from bitplan.writers import converted
 
@@ -46,10 +59,15 @@ class Request:
     protect: bool = False
     """Give tensors that hold a super weight a floor."""
     odd_bits: bool = False
+    profile: Profile | None = None
+    """Decides formats, scorer, group and probes, and gives the plan rules."""
 
 
 def settled(request: Request) -> Request:
-    """With a folder in the place of a GGUF file, and variants rounded as the method rounds."""
+    """With what its profile says, a folder in the place of a GGUF file, and variants rounded as the
+    method rounds."""
+    if request.profile:
+        request = replace(request, **profile_rules.settled(request, request.profile, gguf=False))
     kinds = {f.scheme.kind for f in candidates(request) if f.scheme}
     name, path = request.method.name, request.path
     if "quanto" in kinds and name != "rtn":
@@ -114,6 +132,14 @@ def settings(request: Request, wanted: Sequence[Format]) -> measure.Settings:
     return measure.Settings(wanted, request.scorer, group, probes, request.full, seed)
 
 
+def obeyed(request: Request, source: Source, wanted: Sequence[Format]) -> Rules:
+    """What the profile asks of a plan. Raises UsageError, with the line, for what is not there."""
+    if request.profile is None:
+        return Rules()
+    grouping = options.grouping(request.group)
+    return profile_rules.rules(request.profile, source.units(grouping), wanted)
+
+
 def checked_budget(request: Request, source: HfSource, wanted: Sequence[Format]) -> Budget:
     """The budget in bytes, once it is known that model, memory, disk and size allow the work."""
     options.rules(request.keep, "--keep")
@@ -127,10 +153,11 @@ def checked_budget(request: Request, source: HfSource, wanted: Sequence[Format])
         request.size, request.bpw, None, request.max_kl, weights=source.facts.weights,
         ctx=request.setting.ctx, model=request.path,
     )  # fmt: skip
-    own = source.units()
+    own, given = source.units(), obeyed(request, source, wanted)
     rest = source.size(units.everywhere(own, wanted[-1].name), ())[0]
     rest -= sum(u.nbytes(wanted[-1]) for u in own)
-    sizes = [[u.nbytes(f) for f in units.candidates(u, wanted)] + [u.stored({})] for u in own]
+    rows = [(u, [*units.candidates(u, wanted), u.tensors[0].fmt]) for u in own]
+    sizes = [[u.nbytes(f) for f in rules.allowed(u, row, given)] for u, row in rows]
     low, high = rest + sum(map(min, sizes)), rest + sum(map(max, sizes))
     preflight.check_budget(budget, low, high)
     if not request.max_kl and budget.bytes >= source.nbytes:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitplan import cli_auto, cli_imatrix, cli_quantize, cli_study, cli_super, console
+from bitplan import cli_auto, cli_imatrix, cli_profiles, cli_quantize, cli_study, cli_super, console
 from bitplan import options as o
 from bitplan import options_hf as h
 from bitplan.errors import BitplanError
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command("auto")(cli_auto.auto)
 app.command("demo")(cli_auto.demo)
 app.command("quantize")(cli_quantize.quantize)
+app.command("profiles")(cli_profiles.profiles)
 app.command("super-weights")(cli_super.super_weights)
 app.add_typer(cli_imatrix.app, name="imatrix")
 app.add_typer(cli_study.app, name="study")
@@ -143,6 +144,13 @@ def evaluate(
         typer.Option(min=0, help="Windows to use; 0 takes all. [default: 24; of examples all]"),
     ] = None,
     speed: Annotated[bool, typer.Option(help="Measure speed and memory too.")] = True,
+    quality: Annotated[
+        bool,
+        typer.Option(
+            "--quality",
+            help="Of one: its weights, layers, super weights and words too, in OUT/quality.json.",
+        ),
+    ] = False,
     runtime: o.RuntimeName = "auto",
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -156,8 +164,10 @@ def evaluate(
     """Perplexity, KL divergence, agreement, speed and memory -> evaluation.json.
 
     `bitplan evaluate mine.gguf other.gguf --reference model-f16.gguf --text wikitext2`
+
+    `bitplan evaluate mine.gguf --reference model-f16.gguf --quality`
     """
-    from bitplan import cli_measure, summary
+    from bitplan import cli_measure
     from bitplan.setting import Setting
 
     setting = Setting(
@@ -167,9 +177,8 @@ def evaluate(
     path = o.located(reference)
     folder = o.folder(out, path)
     with console.progress(quiet or as_json) as report:
-        result = cli_measure.compare(path, candidates, setting, folder, speed, report)
-    result.save(folder / "evaluation.json")
-    console.show(summary.of_evaluation(result), result.dumps(), as_json, quiet)
+        found = cli_measure.compare(path, candidates, setting, folder, speed, quality, report)
+    console.show(found.summary, found.document, as_json, quiet)
 
 
 @app.command()

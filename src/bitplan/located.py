@@ -46,21 +46,24 @@ class Located:
         return UsageError("\n".join(sorted(dict.fromkeys(problems), key=_place)))
 
 
-def read(path: Path) -> Located:
-    """Raises UsageError for a file that is missing or is not YAML."""
+def read(path: Path, help_: str) -> Located:
+    """help_: the command that explains such files. Raises UsageError for a file that is missing or
+    is not YAML."""
     try:
         raw = path.read_bytes()
         if len(raw) > MOST_BYTES:
-            raise UsageError(f"{path}: is too large for a study file; a few pages are enough.")
+            raise UsageError(
+                f"{path}: is too large to have been written by hand; a few pages are enough."
+            )
         text = raw.decode("utf-8-sig")
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}).") from None
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path.") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path}: is not UTF-8 text; convert it first.") from None
-    return parse(text, path)
+    return parse(text, path, help_)
 
 
-def parse(text: str, path: Path) -> Located:
+def parse(text: str, path: Path, help_: str) -> Located:
     """Text -> data with places. Raises UsageError."""
     found = Located(path)
     try:
@@ -68,7 +71,7 @@ def parse(text: str, path: Path) -> Located:
         try:
             node = loader.get_single_node()
             if node is None:
-                raise UsageError(f"{path}: is empty; see `bitplan study own --schema`.")
+                raise UsageError(f"{path}: is empty; see `{help_}`.")
             found.data = _Builder(found, loader).build(node, ())
         finally:
             loader.dispose()

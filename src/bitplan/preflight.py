@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitplan import gguf_layout, units
+from bitplan import gguf_layout, rules, units
 from bitplan.artifacts import Budget
 from bitplan.budget import human
 from bitplan.errors import BudgetError, ModelFileError, RuntimeFailure, WriteError
 from bitplan.formats import Format
 from bitplan.gguf_file import Header
 from bitplan.machine import available_memory, resident_memory
+from bitplan.rules import Rules
 from bitplan.runtimes import Runtime
 
 SMALLER_REFERENCE = "use its Q8_0 file as the reference (with --allow-requantize)"
@@ -23,12 +24,16 @@ def reachable(
     wanted: Sequence[Format],
     keys: gguf_layout.Keys,
     grouping: units.Grouping = "tensor",
+    obeyed: Rules | None = None,
 ) -> tuple[int, int]:
-    """Smallest and largest file that the candidate formats make, leaving as is included."""
+    """Smallest and largest file that the candidate formats make, leaving as is included.
+
+    obeyed: rules that leave a unit fewer; shares of the budget are not looked at.
+    """
     low = high = gguf_layout.fixed_bytes(header, keys)
     for unit in units.find(header, grouping):
-        sizes = [unit.nbytes(f) for f in units.candidates(unit, wanted)]
-        sizes.append(unit.nbytes(unit.tensors[0].fmt))
+        row = [*units.candidates(unit, wanted), unit.tensors[0].fmt]
+        sizes = [unit.nbytes(f) for f in rules.allowed(unit, row, obeyed or Rules())]
         low, high = low + min(sizes), high + max(sizes)
     return low, high
 

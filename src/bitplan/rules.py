@@ -8,11 +8,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from bitplan import formats
-from bitplan.artifacts import Plan, Score, UnitFacts
+from bitplan.artifacts import Plan, Score
 from bitplan.errors import UsageError
+from bitplan.formats import Format
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,25 @@ def of(plan: Plan) -> Rules:
     )
 
 
-def matching(units: Sequence[UnitFacts], pattern: str) -> list[UnitFacts]:
+class Named(Protocol):
+    """A unit of a model, or of a table."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def role(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
+
+
+def matching(units: Sequence[N], pattern: str) -> list[N]:
     """Units whose name or role the pattern matches, whole (`blk.1` is not `blk.10`).
 
     Raises UsageError when none does.
     """
-    found = [
-        u
-        for u in units
-        if fnmatch.fnmatchcase(u.name, pattern) or fnmatch.fnmatchcase(u.role, pattern)
-    ]
+    found = [u for u in units if _hit(u, pattern)]
     if not found:
         roles = ", ".join(sorted({u.role for u in units}))
         raise UsageError(
@@ -98,6 +108,25 @@ def matching(units: Sequence[UnitFacts], pattern: str) -> list[UnitFacts]:
             " 'blk.0.*'."
         )
     return found
+
+
+def allowed(unit: Named, row: Sequence[Format], wanted: Rules) -> list[Format]:
+    """The formats of a unit that pins, floors and ceilings leave; as they are in a table."""
+    pinned = [formats.get(f) for p, f in wanted.pins.items() if _hit(unit, p)]
+    row = pinned[-1:] or row
+    for pattern, name in wanted.floors.items():
+        if _hit(unit, pattern):
+            least = formats.get(name).bits
+            row = [f for f in row if f.bits >= least] or [max(row, key=lambda f: f.bits)]
+    for pattern, name in wanted.ceilings.items():
+        if _hit(unit, pattern):
+            most = formats.get(name).bits
+            row = [f for f in row if f.bits <= most] or [min(row, key=lambda f: f.bits)]
+    return list(row)
+
+
+def _hit(unit: Named, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(unit.name, pattern) or fnmatch.fnmatchcase(unit.role, pattern)
 
 
 def at_least(row: Sequence[Score], name: str) -> list[Score]:

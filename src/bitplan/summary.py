@@ -210,11 +210,11 @@ def fit(text: str, width: int) -> str:
     return str(set_cell_size(text, width - 1)).rstrip() + "…"
 
 
-def wrap(text: str) -> list[str]:
-    """Lines of at most 80 columns."""
+def wrap(text: str, width: int = WIDTH) -> list[str]:
+    """Lines of at most so many columns."""
     import textwrap
 
-    return textwrap.wrap(plain(text), WIDTH)
+    return textwrap.wrap(plain(text), width)
 
 
 def _lines(lines: Sequence[str]) -> str:

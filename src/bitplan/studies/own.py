@@ -7,13 +7,11 @@ model, or whether the file is sound, without one; `bitplan study own --schema` p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from bitplan import formats, selection
+from bitplan import formats, selectors
 from bitplan.budget import human
-from bitplan.errors import UnknownNameError, UsageError
+from bitplan.errors import UnknownNameError
 from bitplan.located import Where
-from bitplan.own_study import Options, Rule
+from bitplan.own_study import Options
 from bitplan.reporting.wording import with_error
 from bitplan.results import Chart, Point, Series, Story, Table
 from bitplan.studies import (
@@ -27,7 +25,6 @@ from bitplan.studies import (
     quality,
 )
 from bitplan.studies.quality import Quality
-from bitplan.units import Unit
 
 MODELS = 1
 _MIB = 2**20
@@ -48,52 +45,15 @@ def _variant(subject: Subject, options: Options, index: int) -> Variant:
         raise options.error((*where, "base") if own.base else ("base",), str(error)) from None
     for i, rule in enumerate(own.rules):
         fmt = formats.get(rule.format)
-        for unit in _matched(subject, options, rule, (*where, "rules", i)):
+        for unit in selectors.matched(subject.units, rule, (*where, "rules", i), options.error):
             types |= {t: f.name for t, f in unit.types(fmt).items()}
     removed: list[int] = []
     if own.remove:
         place = (*where, "remove")
-        removed = _named(subject, options, own.remove, place)
+        removed = selectors.named(subject.layers, own.remove, place, options.error)
         if len(removed) == len(subject.layers):
             raise options.error(place, "removes every layer; keep one.")
     return Variant(own.name, types, own.title, own.series, index, tuple(removed))
-
-
-def _matched(subject: Subject, options: Options, rule: Rule, where: Where) -> list[Unit]:
-    """The units that all selectors of a rule name."""
-    found = list(subject.units)
-    narrow: list[tuple[str, Callable[[list[Unit], str], list[Unit]], Sequence[str] | None]] = [
-        ("outside", selection.outside, rule.outside),
-        ("modules", selection.by_module, rule.modules),
-        ("roles", selection.by_roles, rule.roles),
-    ]
-    for key, select, asked in narrow:
-        if asked:
-            names: set[str] = set()
-            for i, word in enumerate(asked):
-                try:
-                    names |= {u.name for u in select(list(subject.units), word)}
-                except UsageError as error:
-                    raise options.error((*where, key, i), str(error)) from None
-            found = [u for u in found if u.name in names]
-    if rule.layers:
-        wanted = _named(subject, options, rule.layers, (*where, "layers"))
-        found = [u for u in found if u.layer in wanted]
-    if not found:
-        raise options.error(where, "matches nothing: no tensor is all that this rule names.")
-    return found
-
-
-def _named(
-    subject: Subject, options: Options, terms: Sequence[int | str], where: Where
-) -> list[int]:
-    found: set[int] = set()
-    for i, term in enumerate(terms):
-        try:
-            found |= set(selection.layers([term], subject.layers))
-        except UsageError as error:
-            raise options.error((*where, i), str(error)) from None
-    return sorted(found)
 
 
 # --- the story ---------------------------------------------------------------------------------

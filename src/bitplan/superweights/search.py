@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from bitplan import imatrix
-from bitplan.artifacts import ModelFacts, Origin, schema_of
+from bitplan import imatrix, superweights
+from bitplan.artifacts import ModelFacts, Origin, UnitFacts, schema_of
 from bitplan.runtimes import Runtime
 from bitplan.superweights import SuperWeights, important, spikes
 from bitplan.text import Windows
 
 Progress = Callable[[str, int, int], None]
 
+FILE = "superweights.json"
 SHOWN = 20
 """Tensors that a summary names."""
 
@@ -49,6 +51,20 @@ def run(
         counted=best.counted,
         unseen=best.unseen,
     )
+
+
+def floors(
+    model: Runtime,
+    facts: ModelFacts,
+    windows: Windows,
+    units: Sequence[UnitFacts],
+    out: Path,
+    progress: Progress = lambda *_: None,
+) -> dict[str, str]:
+    """Floors of the units that hold a super weight; the list is kept in OUT/superweights.json."""
+    found = run(model, facts, windows, progress=progress)
+    found.save(out / FILE)
+    return superweights.floors(found, units)
 
 
 def told(found: SuperWeights) -> str:
