@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from bitplan import coherence, formats, text, units
-from bitplan.coherence import Coherence
+from bitplan.coherence import Coherence, Said
 from bitplan.runtimes.llamacpp import LlamaModel
 
 Rows = npt.NDArray[np.int32]
@@ -35,7 +35,7 @@ def test_repetition_counts_grams_seen_before(tokens: Rows, gram: int) -> None:
         grams = [tuple(row[i : i + gram]) for i in range(len(row) - gram + 1)]
         seen = [g in grams[:i] for i, g in enumerate(grams)]
         shares.append(sum(seen) / len(seen) if seen else 0.0)
-    assert coherence.repetition(tokens, gram) == pytest.approx(np.mean(shares), abs=1e-12)
+    assert coherence.repetition(tokens, gram) == pytest.approx(shares, abs=1e-12)
 
 
 def test_entropy_is_scipys() -> None:
@@ -128,7 +128,7 @@ def test_the_reference_speaks_as_itself(shared: Path, stories_text: str) -> None
     assert found.agreement == 1
     assert found.candidate == found.reference
     assert found.reference.surprise < 1  # its own most likely words
-    assert len(found.prompts) == len(found.candidate.texts) == 4
+    assert len(found.prompts) == len(found.candidate.texts) == 8
     assert "They" in " ".join(found.candidate.texts)
 
 
@@ -151,12 +151,36 @@ def test_a_ruined_model_is_warned_of(shared: Path, stories_text: str, name: str)
     assert " ".join(found.reference.texts[0].split())[:60] in shown
 
 
+class Silent:
+    """What judging asks of a reference: words and their number."""
+
+    n_vocab, ctx = 512, 16
+
+    def text(self, tokens: Rows) -> str:
+        return " ".join(map(str, tokens))
+
+
+def said(entropy: float = 1, surprise: float = 0.5, loops: Sequence[bool] = (False,) * 4) -> Said:
+    """What a model says after four prompts; some of it in circles."""
+    rows = [[7] * 32 if looping else list(range(32)) for looping in loops]
+    return Said(tokens=rows, entropy=[entropy] * 4, surprise=[surprise] * 4)
+
+
+def reasons(other: Said) -> list[str]:
+    rows = np.zeros((4, 16), np.int32)
+    return coherence.judge(cast(Any, Silent()), rows, said(), other).warnings
+
+
 def test_flat_predictions_are_warned_of() -> None:
-    own = coherence.Voice(repetition=0, distinct=1, entropy=1.0, surprise=0.5, texts=["a"])
-    flat = own.model_copy(update={"entropy": 4.0})
-    (why, _) = coherence._warnings(own, flat, ["p"], math.log(512))
+    (why, _) = reasons(said(entropy=4.0))
     assert "hardly knows what comes next" in why
-    broken = own.model_copy(update={"surprise": math.nan})
-    (why, _) = coherence._warnings(own, broken, ["p"], math.log(512))
+    (why, _) = reasons(said(surprise=math.nan))
     assert "not numbers" in why
-    assert not coherence._warnings(own, own, ["p"], math.log(512))
+    assert not reasons(said())
+
+
+def test_circles_are_warned_of_beyond_their_error() -> None:
+    (why, _) = reasons(said(loops=(True, True, True, False)))
+    assert "repeats itself (72% of its 4-grams" in why  # 3 x 28 of 29
+    # 2 of 4: the mean, 0.48, is beyond the limit, but its error is 0.28
+    assert not reasons(said(loops=(True, True, False, False)))
