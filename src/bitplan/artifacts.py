@@ -300,4 +300,5 @@ def load(path: Path | str, kind: type[A]) -> A:
 _MAKER = {
     "sensitivity": "measure", "plan": "plan", "quantized": "quantize", "evaluation": "evaluate",
     "study": "study", "super-weights": "super-weights", "quality": "quantize",
+    "imatrix-compare": "imatrix compare",
 }  # fmt: skip

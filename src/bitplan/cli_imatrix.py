@@ -1,4 +1,4 @@
-"""`bitplan imatrix`: collect, merge and convert importance matrices."""
+"""`bitplan imatrix`: collect, merge, convert and compare importance matrices."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from bitplan import console
+from bitplan import cli_imatrix_compare, console
 from bitplan import options as o
 
-app = typer.Typer(no_args_is_help=True, help="Importance matrices: collect, merge, convert.")
+app = typer.Typer(no_args_is_help=True, help="Importance matrices: collect, merge, compare.")
+app.command("compare")(cli_imatrix_compare.compare)
 
 
 @app.command("collect")

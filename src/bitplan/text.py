@@ -11,7 +11,7 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +131,17 @@ def windows(
     digest = hashlib.sha256(cut.tobytes()).hexdigest()
     facts = TextFacts(source=source, sha256=digest, ctx=ctx, windows=taken)
     return Windows(cut, facts, len(text.encode()) / max(len(tokens), 1))
+
+
+def halved(cut: Windows) -> tuple[Windows, Windows]:
+    """The first half of the windows, and as many after it. Raises TextError for fewer than two."""
+    half = len(cut.tokens) // 2
+    if not half:
+        raise TextError(f"the text ({cut.facts.source}) has no two windows to be halved.")
+    return _part(cut, 0, half), _part(cut, half, half)
+
+
+def _part(cut: Windows, start: int, count: int) -> Windows:
+    tokens = cut.tokens[start : start + count]
+    update = {"sha256": hashlib.sha256(tokens.tobytes()).hexdigest(), "windows": count}
+    return replace(cut, tokens=tokens, facts=cut.facts.model_copy(update=update))
