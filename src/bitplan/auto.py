@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitplan import (
+    collecting,
     contest,
     formats,
     gguf_layout,
@@ -110,7 +111,9 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
         facts, matrix = identity.model_facts(header), None
         if not request.no_imatrix:
             many = options.cut(model, request.text, "calibration", request.imatrix_windows)
-            matrix = options.collected(model, facts, request.imatrix, many, out)
+            matrix = collecting.collected(
+                model, facts, request.imatrix, many, out, fresh=request.fresh, progress=progress
+            )
         sensitivity = measure.run(
             model,
             calibration,

@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitplan import budget, formats, hub, hub_data, records, text
-from bitplan.artifacts import Budget, ModelFacts, Plan, load
+from bitplan.artifacts import Budget, Plan, load
 from bitplan.demo import corpus
-from bitplan.errors import ImatrixError, UnknownNameError, UsageError, WriteError
-from bitplan.files import write_text
+from bitplan.errors import ImatrixError, UnknownNameError, UsageError
 from bitplan.formats import Format
 from bitplan.gguf_file import Header
 from bitplan.rules import Rules
 from bitplan.units import Grouping
 
 if TYPE_CHECKING:  # heavy: `bitplan plan` starts without llama.cpp
-    from bitplan.imatrix import Imatrix
     from bitplan.runtimes import Runtime
 
 Model = Annotated[
@@ -222,44 +220,6 @@ def candidates(names: str, with_imatrix: bool, gguf: bool = True) -> list[Format
             " --no-imatrix or leave out these formats."
         )
     return wanted
-
-
-def collected(
-    model: Runtime, facts: ModelFacts, path: Path | None, windows: text.Windows, out: Path
-) -> Imatrix:
-    """The importance matrix: read where one is named, else collected; it lies in OUT then.
-
-    One that an earlier run collected there from the same model and windows is taken as it is.
-    """
-    from bitplan import imatrix
-
-    file, note = out / "imatrix.gguf", out / "imatrix.key"
-    if path is not None:
-        matrix = imatrix.read(path)
-        imatrix.check(matrix, model)
-        note.unlink(missing_ok=True)  # it spoke of the matrix that this one replaces
-        imatrix.write(matrix, _made(out) / "imatrix.gguf")
-        return matrix
-    key = f"{facts.sha256} {windows.facts.sha256}\n"
-    if file.exists() and note.exists() and note.read_text() == key:
-        return imatrix.read(file)
-    captured = model.capture(windows.tokens, ["second_moments"])
-    about = windows.facts
-    matrix = imatrix.from_captured(captured, about.source, about.windows, about.ctx)
-    note.unlink(missing_ok=True)
-    imatrix.write(matrix, _made(out) / "imatrix.gguf")
-    write_text(note, key)
-    return matrix
-
-
-def _made(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(
-            f"{out}: cannot be made ({error.strerror}); choose another --out."
-        ) from None
-    return out
 
 
 def chosen_budget(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bitplan import formats, measure, options, sources, units
+from bitplan import collecting, formats, measure, options, sources, units
 from bitplan.artifacts import ModelFacts, Sensitivity
 from bitplan.errors import UnknownNameError, UsageError
 from bitplan.gguf_file import Header
@@ -191,9 +191,10 @@ class Subject:
         if s.no_imatrix:
             return None
         windows = options.cut(self.model, s.text, "calibration", s.imatrix_windows)
-        if s.fresh:
-            (self.out / "imatrix.key").unlink(missing_ok=True)
-        return options.collected(self.model, self.facts, s.imatrix, windows, self.out)
+        return collecting.collected(
+            self.model, self.facts, s.imatrix, windows, self.out,
+            fresh=s.fresh, progress=self.progress,
+        )  # fmt: skip
 
     @property
     def matrix(self) -> Path | None:

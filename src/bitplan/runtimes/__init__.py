@@ -222,6 +222,16 @@ class Differentiable(Protocol):
         """
         ...
 
+    def weighted_moments(
+        self,
+        window: npt.NDArray[np.int32],
+        targets: npt.NDArray[np.int32] | None,
+        seed: int,
+    ) -> Captured:
+        """Of one window, sum over tokens of |g|^2 x^2 for each weight [matrices, row], x its inputs
+        and g the gradient by its outputs of the scalar that `gradients` has; and the tokens."""
+        ...
+
     def some(self, tensor: str, rows: npt.NDArray[np.int64]) -> tuple[Array, int]:
         """These rows of the reference's weights, as `Runtime.original` gives them."""
         ...

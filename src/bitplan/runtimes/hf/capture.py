@@ -59,11 +59,17 @@ class Inputs(TorchFunctionMode):  # type: ignore[misc]
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        found = self.product(func, args)
+        if found is not None:
+            at = _FACTORS[func]
+            args = (*args[:at], self._acting(*found), *args[at + 1 :])
+        return func(*args, **(kwargs or {}))
+
+    def product(self, func: Any, args: Sequence[Any]) -> tuple[Weight, int, torch.Tensor] | None:
+        """Of a product with one of the weights: that, which of its matrices, and the inputs."""
         at = _FACTORS.get(func)  # of the inputs; the weight comes after them
         found = None if at is None else self._of(args[at + 1])
-        if at is not None and found is not None:
-            args = (*args[:at], self._acting(*found, args[at]), *args[at + 1 :])
-        return func(*args, **(kwargs or {}))
+        return None if at is None or found is None else (*found, args[at])
 
     def _acting(self, weight: Weight, matrix: int, inputs: torch.Tensor) -> torch.Tensor:
         """What the weight is multiplied with."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from bitplan import written
 from bitplan.formats import Format
-from bitplan.runtimes.hf import batches, encoding, rounding, stream
+from bitplan.runtimes.hf import batches, encoding, rounding, sensed, stream
 from bitplan.runtimes.hf import capture as capturing
 from bitplan.runtimes.hf import gradients as differentiating
 from bitplan.runtimes.hf import walk as walking
@@ -221,14 +221,30 @@ class HfModel(OpenModel):
     ) -> dict[str, Array]:
         """Of one window's log-likelihood, or for its Fisher information: see `Differentiable`."""
 
+        blocks = self.model.get_submodule(self.layout.blocks)
+        scalar = self._scalar(window, targets, seed)
+        return differentiating.gathered(self.weights.places(), blocks, rows, scalar)
+
+    def weighted_moments(self, window: Rows, targets: Rows | None, seed: int) -> Captured:
+        """Squared inputs of every weight, a token by how strongly its output is felt: see
+        `Differentiable`."""
+        blocks = self.model.get_submodule(self.layout.blocks)
+        scalar = self._scalar(window, targets, seed)
+        return sensed.moments(self.model, self.weights.places(), blocks, self._is_inside, scalar)
+
+    def _is_inside(self, weight: str) -> bool:
+        return self.layout.layer_of(weight) is not None
+
+    def _scalar(self, window: Rows, targets: Rows | None, seed: int) -> Callable[[], torch.Tensor]:
+        """Runs one window and gives what is to be differentiated."""
+
         def scalar() -> torch.Tensor:
             logits = self._forward(window[None])[0]
             if targets is None:
                 return differentiating.information(logits, seed)
             return differentiating.log_likelihood(logits, targets, seed)
 
-        blocks = self.model.get_submodule(self.layout.blocks)
-        return differentiating.gathered(self.weights.places(), blocks, rows, scalar)
+        return scalar
 
     def capture(self, windows: Rows, what: Sequence[str]) -> Captured:
         """Statistics of activations over all tokens of the windows.
