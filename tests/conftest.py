@@ -99,6 +99,14 @@ def untied_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sharded_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as `tiny_gguf` in three files; the first of them."""
+    folder = tmp_path_factory.mktemp("sharded")
+    _write_model(folder / "tiny.gguf", experts=0, shard=8)
+    return min(folder.iterdir())
+
+
+@pytest.fixture(scope="session")
 def tiny_moe_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with 4 experts, 2 of them used for each token."""
     path = tmp_path_factory.mktemp("tiny-moe") / "tiny-moe.gguf"
@@ -119,10 +127,11 @@ def small() -> Imatrix:
     return Imatrix(entries, ("a.txt", "b.txt"), 2, 4)
 
 
-def quantize(source: Path, out: Path, fmt: Format) -> None:
-    """llama.cpp's own quantizer, every matrix in one format."""
+def quantize(source: Path, out: Path, fmt: Format, *, keep_split: bool = False) -> None:
+    """llama.cpp's own quantizer, every matrix in one format; as many files as there are."""
     params = capi.llama_model_quantize_default_params()
     params.nthread, params.ftype, params.pure = 1, fmt.ftype, True
+    params.keep_split = keep_split
     files = str(source).encode(), str(out).encode()
     with log.captured() as lines:
         assert capi.llama_model_quantize(*files, ctypes.byref(params)) == 0, lines
@@ -149,8 +158,11 @@ def tiny(tiny_gguf: Path) -> Iterator[LlamaModel]:
         yield model
 
 
-def _write_model(path: Path, experts: int, layers: int = LAYERS, tied: bool = True) -> None:
-    out = gguf.GGUFWriter(path, "llama")
+def _write_model(
+    path: Path, experts: int, layers: int = LAYERS, tied: bool = True, shard: int = 0
+) -> None:
+    """shard: so many tensors go into each file; 0: all into one."""
+    out = gguf.GGUFWriter(path, "llama", split_max_tensors=shard)
     out.add_name("tiny")
     out.add_context_length(CTX)
     out.add_embedding_length(DIM)

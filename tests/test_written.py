@@ -26,8 +26,18 @@ from safetensors.numpy import load_file, save_file
 
 import hf_models
 import written_models
-from bitplan import checkpoint, cli_measure, divergence, formats, inspection, schemes, written
+from bitplan import (
+    artifacts,
+    checkpoint,
+    cli_measure,
+    divergence,
+    formats,
+    inspection,
+    schemes,
+    written,
+)
 from bitplan.errors import BitplanError, ModelFileError, RuntimeFailure
+from bitplan.quality import Quality
 from bitplan.runtimes.hf.written import WrittenModel
 from bitplan.setting import Setting
 from bitplan.text import windows
@@ -292,8 +302,12 @@ def test_evaluate_takes_it_as_a_candidate(mixed: Path, tmp_path: Path) -> None:
         eval_text=[str(text)], ctx=hf_models.CTX, eval_windows=4, threads=1, device="cpu"
     )
     source = mixed.parent / "source"
-    found = cli_measure.compare(source, [mixed], setting, tmp_path, True, lambda *_: None)
-    (one,) = found.candidates
+    found = cli_measure.compare(source, [mixed], setting, tmp_path, True, True, lambda *_: None)
+    (one,) = found.evaluation.candidates
+    assert found.quality is not None
+    assert found.quality == artifacts.load(tmp_path / "quality.json", Quality)
+    assert found.quality.candidate.value("kl") == one.value("kl")
+    assert found.quality.layers[0].output_relative is not None
     assert (one.name, one.how) == ("mixed", "file")
     assert one.bytes == (mixed / "model.safetensors").stat().st_size
     kl, error = one.value("kl"), one.stderr("kl")
@@ -309,7 +323,7 @@ def test_evaluate_takes_it_as_a_candidate(mixed: Path, tmp_path: Path) -> None:
             pairs = zip(own, model.logits(rows), strict=True)
             assert kl == pytest.approx(np.mean([divergence.kl(r, x) for r, x in pairs]), rel=1e-4)
     with pytest.raises(ModelFileError, match="quantized already"):
-        cli_measure.compare(mixed, [mixed], setting, tmp_path, True, lambda *_: None)
+        cli_measure.compare(mixed, [mixed], setting, tmp_path, True, False, lambda *_: None)
 
 
 def text_windows(model: Any, body: str, count: int) -> npt.NDArray[np.int32]:

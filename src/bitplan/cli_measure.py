@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitplan import (
@@ -14,16 +16,29 @@ from bitplan import (
     measure,
     options,
     preflight,
+    quality,
+    quality_gguf,
     scorers,
     sources,
+    summary,
     written,
 )
-from bitplan.artifacts import Evaluation, Sensitivity
+from bitplan.artifacts import Evaluation, Quantized, Sensitivity, load
+from bitplan.errors import ArtifactError, UsageError
 from bitplan.imatrix import Imatrix
+from bitplan.metrics import Tokens
+from bitplan.quality import Quality
 from bitplan.runtimes import Runtime, Streaming
+from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.setting import Setting
 from bitplan.subject import Subject, takes_importance
+from bitplan.summary_quality import of_quality
+from bitplan.text import Windows
 from bitplan.units import Grouping
+
+LAYER_WINDOWS = 8
+"""Of those that figures are measured on, that layers are looked at with: the defaults of `measure`
+and `quantize`."""
 
 
 @dataclass(frozen=True)
@@ -68,23 +83,98 @@ def run(
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Found:
+    """What `evaluate` found."""
+
+    evaluation: Evaluation
+    quality: Quality | None
+
+    @property
+    def summary(self) -> str:
+        """For people."""
+        told = summary.of_evaluation(self.evaluation)
+        return told if self.quality is None else f"{told}\n\n{of_quality(self.quality)}"
+
+    @property
+    def document(self) -> str:
+        """For programs: the evaluation, or both by name."""
+        if self.quality is None:
+            return self.evaluation.dumps()
+        both = {"evaluation": self.evaluation, "quality": self.quality}
+        return (
+            json.dumps({k: v.model_dump(by_alias=True) for k, v in both.items()}, indent=1) + "\n"
+        )
+
+
 def compare(
     reference: Path,
     candidates: Sequence[Path],
     setting: Setting,
     out: Path,
     speed: bool,
+    judge: bool,
     progress: evaluate.Progress,
-) -> Evaluation:
-    """Candidates beside their reference on the same windows."""
+) -> Found:
+    """Candidates beside their reference on the same windows -> OUT/evaluation.json.
+
+    judge: the only candidate is looked at by its weights, layers and words too -> OUT/quality.json.
+    """
+    if judge and len(candidates) != 1:
+        raise UsageError("--quality judges one candidate at a time; name one.")
     with Subject(reference, out, setting, progress) as subject:
         contenders = [_contender(p, candidates, setting, out) for p in candidates]
         windows = subject.held_out
         model: Runtime = subject.model
         speed = speed and subject.has_presets  # in PyTorch, rounded weights are as fast as others
-        return evaluate.run(
-            model, subject.facts, contenders, windows, speed=speed, progress=progress
+        if judge:
+            _check_judgeable(model, candidates[0])
+        own, theirs = evaluate.tokens(model, contenders, windows, {}, progress)
+        found = evaluate.run(
+            model, subject.facts, contenders, windows, speed=speed, figures=(own, theirs)
         )
+        found.save(out / "evaluation.json")
+        figures = own, theirs[contenders[0].name]
+        judged = _judged(model, candidates[0], windows, figures, out, progress) if judge else None
+    return Found(found, judged)
+
+
+def _judged(
+    model: Runtime,
+    path: Path,
+    windows: Windows,
+    figures: tuple[Tokens, Tokens],
+    out: Path,
+    progress: evaluate.Progress,
+) -> Quality:
+    """The first of the windows also serve where the layers are looked at: nothing is fitted."""
+    some = replace(windows, tokens=windows.tokens[:LAYER_WINDOWS])
+    made = _made(path)
+    if isinstance(model, LlamaModel):
+        return quality_gguf.judged(
+            model, path, made, windows, some, progress, out=out, figures=figures
+        )
+    from bitplan import quality_hf
+    from bitplan.runtimes.hf import HfModel
+
+    assert isinstance(model, HfModel)
+    return quality_hf.judged(model, path, made, windows, some, progress, out=out, figures=figures)
+
+
+def _check_judgeable(model: Runtime, path: Path) -> None:
+    """Raises UsageError for a file of another model, before anything is run."""
+    if isinstance(model, Streaming):
+        raise UsageError(f"{path}: its reference is larger than memory; leave out --quality.")
+    if path.suffix == ".gguf":
+        quality.check_tensors(gguf_file.read(path).tensors, path, model)
+
+
+def _made(path: Path) -> Quantized | None:
+    """quantized.json beside a model, where it is about a model of this name."""
+    with contextlib.suppress(ArtifactError):
+        made = load(path.with_name("quantized.json"), Quantized)
+        return made if made.file == path.name else None
+    return None
 
 
 def _contender(

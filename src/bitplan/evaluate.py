@@ -45,10 +45,14 @@ def run(
     speed: bool = False,
     shipped: str = "",
     parents: Mapping[str, str] | None = None,
+    figures: tuple[Tokens, Mapping[str, Tokens]] | None = None,
     progress: Progress = lambda *_: None,
 ) -> Evaluation:
-    """Measure all contenders; raises UsageError when a file's vocabulary is another."""
-    own, theirs = tokens(reference, contenders, windows, importance or {}, progress)
+    """Measure all contenders; raises UsageError when a file's vocabulary is another.
+
+    figures: what `tokens` gives, where the caller has it.
+    """
+    own, theirs = figures or tokens(reference, contenders, windows, importance or {}, progress)
     threads = reference.threads
 
     def candidate(name: str, how: str, nbytes: int, path: Path | None, t: Tokens) -> Candidate:

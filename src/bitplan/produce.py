@@ -17,7 +17,8 @@ from bitplan import (
     formats,
     method_gain,
     options,
-    quality,
+    profile_rules,
+    quality_hf,
     quantize_hf,
     routed,
     summary,
@@ -27,15 +28,14 @@ from bitplan import (
 from bitplan.artifacts import Evaluation, Plan, Quantized
 from bitplan.budget import human
 from bitplan.errors import ArtifactError, UsageError
+from bitplan.profile import Profile
 from bitplan.quality import Quality
 from bitplan.quantize_hf import Order
 from bitplan.quantizers import Method
-from bitplan.runtimes.hf import HfModel, undoing
-from bitplan.runtimes.hf.written import WrittenModel
+from bitplan.runtimes.hf import HfModel
 from bitplan.setting import Setting
 from bitplan.sources.hf import HfSource
 from bitplan.subject import EVAL_WINDOWS, Subject
-from bitplan.superweights import spikes
 from bitplan.text import Windows
 from bitplan.writers import card
 
@@ -56,6 +56,8 @@ class Wanted:
     odd_bits: bool = False
     judge: bool = True
     """Measure what was written."""
+    profile: Profile | None = None
+    """One with a base, in the place of a format."""
 
 
 @dataclass(frozen=True)
@@ -141,16 +143,7 @@ def judged(
     progress: Progress = lambda *_: None,
 ) -> Quality:
     """The quality of a written folder: quality.json beside it, its model card in it."""
-    seen, _ = spikes.find(reference, calibration.tokens[:1], progress=progress)
-    with reference.beside(folder) as candidate:
-        assert isinstance(candidate, WrittenModel)
-        found = quality.run(
-            reference, candidate, held_out,
-            weights=undoing.weights(candidate, folder), calibration=calibration,
-            super_weights=[(s.tensor, s.row, s.column) for s in seen], name=folder.name,
-            parents={"quantized": made.hash()}, progress=progress,
-        )  # fmt: skip
-    found.save(folder.with_name("quality.json"))
+    found = quality_hf.judged(reference, folder, made, held_out, calibration, progress)
     _write_card(folder, card.text(made, reference.facts, found))
     return found
 
@@ -161,6 +154,9 @@ def _write_card(folder: Path, text: str) -> None:
 
 def types_of(source: HfSource, wanted: Wanted) -> dict[str, str]:
     """Weight -> format. Raises ArtifactError for the plan of another model, UnknownNameError."""
+    if wanted.profile is not None:
+        base = units.everywhere(source.units(), wanted.profile.base or "")
+        return profile_rules.explicit(wanted.profile, source.units(), base)
     if wanted.plan is None:
         fmt = formats.get(wanted.format)
         if fmt.scheme is None:

@@ -1,93 +1,47 @@
 """What a written model is worth beside its reference -> quality.json.
 
-Runs both on the same windows: perplexity and KL with paired errors; the error of every weight and
-of every block's output; bits per weight as they really lie on disk; super weights; and whether it
-still speaks. Nothing here knows how the model was quantized.
+Runs both on the same windows: perplexity and KL with paired errors; the error of every weight, of
+every block's output and of the stream behind it; bits per weight as they really lie on disk; super
+weights; and whether it still speaks. Nothing here knows how the model was quantized.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from bitplan import coherence, metrics, paired
+from bitplan import coherence, metrics, paired, weight_errors
 from bitplan.artifacts import (
     Artifact,
     Candidate,
     ModelFacts,
     Origin,
-    Record,
     TextFacts,
     schema_of,
 )
 from bitplan.coherence import Coherence
+from bitplan.errors import UsageError
 from bitplan.metrics import Case, Tokens
-from bitplan.runtimes import Array, Runtime
+from bitplan.runtimes import Array, Runtime, Sliceable
+from bitplan.tensors import Tensor
 from bitplan.text import Windows
+from bitplan.weight_errors import Blocks, LayerError, Place, SuperWeight, TensorError
 
 Rows = npt.NDArray[np.int32]
+Errors = npt.NDArray[np.float64]
 Progress = Callable[[str, int, int], None]
 Weights = Callable[[str], Array]
 """Name of a tensor -> its weights as the written model holds them, [rows, row] float32."""
-Place = tuple[str, int, int]
-"""Tensor, row and column of one weight."""
 
 COVERED = 0.01
 """Share of its value by which a super weight may be off: what 8 bits keep of the largest weight of
 a group, and 4 do not."""
-_ROWS = 256
-"""Of a matrix, that are looked at together in float64."""
-
-
-class TensorError(Record):
-    """One weight tensor against the reference's."""
-
-    tensor: str
-    layer: int | None
-    format: str
-    bytes: int
-    weights: int
-    mse: float
-    """Mean squared difference of the weights."""
-    relative: float
-    """Sum of squared differences over that of the squared weights."""
-
-
-class LayerError(Record):
-    """A block, or all that lies outside the blocks."""
-
-    layer: int | None
-    bits: float
-    """Per weight, of its tensors."""
-    weight_mse: float
-    weight_relative: float
-    output_relative: float | None = None
-    """Mean over tokens of ||y - y'||^2 / ||y||^2: what leaves the block, its input being the
-    reference's. None where blocks cannot be run alone, and outside them."""
-    output_stderr: float | None = None
-
-
-class SuperWeight(Record):
-    """One weight that must not be lost, and what became of it."""
-
-    tensor: str
-    row: int
-    column: int
-    format: str
-    """That its tensor is stored in."""
-    value: float
-    """The reference's."""
-    stored: float
-    """The written model's."""
-
-    @property
-    def relative(self) -> float:
-        """|stored - value| / |value|."""
-        return abs(self.stored - self.value) / abs(self.value) if self.value else math.inf
 
 
 class Quality(Artifact):
@@ -137,10 +91,18 @@ class Quality(Artifact):
 class Blockwise(Protocol):
     """A written model whose blocks can be run on a reference's inputs."""
 
-    def output_errors(
-        self, reference: Any, windows: Rows
-    ) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
+    def output_errors(self, reference: Any, windows: Rows) -> Iterator[tuple[int, Errors]]:
         """Block and ||y - y'||^2 / ||y||^2 of every token, windows one after another."""
+        ...
+
+
+@runtime_checkable
+class Layered(Protocol):
+    """A written model that can be watched layer by layer while it runs."""
+
+    def stream_errors(self, reference: Any, window: Rows) -> dict[int, Errors]:
+        """Layer -> ||h - h'||^2 / ||h||^2 of every token of a window: the stream behind the layer,
+        each model running on its own."""
         ...
 
 
@@ -152,6 +114,7 @@ def run(
     weights: Weights | None = None,
     calibration: Windows | None = None,
     super_weights: Sequence[Place] | None = None,
+    figures: tuple[Tokens, Tokens] | None = None,
     name: str = "",
     parents: Mapping[str, str] | None = None,
     progress: Progress = lambda *_: None,
@@ -161,13 +124,21 @@ def run(
     weights: for writers that change more than they round (columns that were scaled): each weight
     with that undone; else the candidate's own. calibration: text for the outputs of blocks; else
     `windows`, which all other figures are measured on. super_weights: what to look up, rows as
-    `Runtime.original` has them. Raises UsageError when the vocabularies differ, RuntimeFailure.
+    `Runtime.original` has them. figures: the reference's and the written model's on `windows`,
+    where the caller has them. Raises UsageError when the vocabularies or the shapes of weights
+    differ, RuntimeFailure.
     """
     paired.check_vocabulary(candidate, reference, candidate.path)
-    own, theirs = _tokens(reference, candidate, windows.tokens, progress)
-    held = weights or (lambda tensor: candidate.original(tensor)[0])
-    tensors, energies, found = _compared(reference, candidate, held, super_weights or ())
-    outputs = _outputs(reference, candidate, (calibration or windows).tokens, progress)
+    check_tensors(candidate.tensors, candidate.path, reference)
+    own, theirs = figures or _tokens(reference, candidate, windows.tokens, progress)
+    held = {t.name: t for t in candidate.tensors}
+    blocks = _blocks(reference, candidate, weights)
+    compared = weight_errors.compare(
+        reference.units(), held, blocks, super_weights or (), partial(progress, "weights")
+    )
+    rows = (calibration or windows).tokens
+    outputs = _outputs(reference, candidate, rows, progress)
+    streams = _streams(reference, candidate, rows, progress)
     stored = [t for t in candidate.tensors if not t.fmt.is_float]
     numbers = sum(math.prod(t.shape) for t in stored)
     spoken = None
@@ -184,9 +155,9 @@ def run(
         candidate=_measured(name, candidate, theirs, own, reference.facts.weights),
         bpw_quantized=8 * sum(t.nbytes for t in stored) / numbers if stored else None,
         quantized=numbers,
-        tensors=tensors,
-        layers=_layers(tensors, energies, outputs),
-        super_weights=None if super_weights is None else found,
+        tensors=compared.tensors,
+        layers=compared.layers(outputs, streams),
+        super_weights=None if super_weights is None else compared.kept,
         coherence=spoken,
     )
 
@@ -202,6 +173,54 @@ def _outputs(
             found[layer] = metrics.mean(errors.reshape(len(rows), -1) if whole else errors)
             progress("blocks", layer + 1, reference.facts.layers)
     return found
+
+
+def _streams(
+    reference: Runtime, candidate: Runtime, rows: Rows, progress: Progress
+) -> dict[int, tuple[float, float]]:
+    """Layer -> mean relative error of the stream behind it, and standard error."""
+    found: dict[int, list[Errors]] = {}
+    if isinstance(candidate, Layered):
+        for i, window in enumerate(rows):
+            for layer, errors in candidate.stream_errors(reference, window).items():
+                found.setdefault(layer, []).append(errors)
+            progress("layers", i + 1, len(rows))
+    return {layer: metrics.mean(np.stack(parts)) for layer, parts in found.items()}
+
+
+def _blocks(reference: Runtime, candidate: Runtime, weights: Weights | None) -> Blocks:
+    """Both models' weights: rows at a time where both can be read so, else whole tensors."""
+    shapes = {t.name: t.shape for t in reference.tensors}
+
+    def whole(name: str) -> Iterator[tuple[Array, Array]]:
+        other = weights(name) if weights else candidate.original(name)[0]
+        yield reference.original(name)[0], other
+
+    def parts(name: str) -> Iterator[tuple[Array, Array]]:
+        assert isinstance(reference, Sliceable)
+        assert isinstance(candidate, Sliceable)
+        *outer, row = shapes[name]
+        for begin, end in weight_errors.spans(math.prod(outer), row):
+            yield reference.rows(name, begin, end), candidate.rows(name, begin, end)
+
+    sliced = isinstance(reference, Sliceable) and isinstance(candidate, Sliceable)
+    return parts if sliced and weights is None else whole
+
+
+def check_tensors(tensors: Sequence[Tensor], path: Path, reference: Runtime) -> None:
+    """Raises UsageError for a model that lacks a weight of the reference, or has one of another
+    shape: it is no version of it. Models whose weights have other names are not looked at."""
+    there = {t.name: t.shape for t in tensors}
+    wanted = {t.name: t.shape for u in reference.units() for t in u.tensors}
+    if not there.keys() & wanted.keys():
+        return
+    for name, shape in wanted.items():
+        if there.get(name) != shape:
+            found = f"is {list(there[name])}" if name in there else "is missing"
+            raise UsageError(
+                f"{path}: tensor {name!r} {found}, and {list(shape)} in {reference.path.name}; it"
+                " was not made from that model."
+            )
 
 
 def _origin(
@@ -239,71 +258,3 @@ def _measured(name: str, model: Runtime, tokens: Tokens, own: Tokens, weights: i
         name=name or model.path.name, how=how, file=model.path.name, bytes=nbytes, bpw=bpw,
         measurements=found,
     )  # fmt: skip
-
-
-def _compared(
-    reference: Runtime, candidate: Runtime, held: Weights, places: Sequence[Place]
-) -> tuple[list[TensorError], list[float], list[SuperWeight]]:
-    """Errors of each tensor that could be quantized, sums of their squared weights, and what
-    became of some places."""
-    stored = {t.name: t for t in candidate.tensors}
-    errors, energies, kept = [], [], []
-    for layer, tensor in ((u.layer, t) for u in reference.units() for t in u.tensors):
-        own, other = reference.original(tensor.name)[0], held(tensor.name)
-        it = stored.get(tensor.name, tensor)
-        gap, energy = difference(own, other)
-        energies.append(energy)
-        errors.append(
-            TensorError(
-                tensor=tensor.name, layer=layer, format=it.fmt.name, bytes=it.nbytes,
-                weights=own.size, mse=gap / own.size, relative=_share(gap, energy),
-            )
-        )  # fmt: skip
-        kept += [
-            SuperWeight(
-                tensor=name, row=row, column=column, format=it.fmt.name,
-                value=float(own[row, column]), stored=float(other[row, column]),
-            )
-            for name, row, column in places
-            if name == tensor.name
-        ]  # fmt: skip
-    return errors, energies, kept
-
-
-def difference(own: Array, other: Array) -> tuple[float, float]:
-    """Sums of (own - other)^2 and of own^2, of two matrices of the same shape."""
-    gap = energy = 0.0
-    for i in range(0, len(own), _ROWS):
-        a, b = (m[i : i + _ROWS].astype(np.float64) for m in (own, other))
-        gap += float(np.square(a - b).sum())
-        energy += float(np.square(a).sum())
-    return gap, energy
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
-
-
-def _layers(
-    tensors: Sequence[TensorError],
-    energies: Sequence[float],
-    outputs: Mapping[int, tuple[float, float]],
-) -> list[LayerError]:
-    """The tensors' errors by layer, what lies outside the blocks last."""
-    groups: dict[int | None, list[tuple[TensorError, float]]] = {}
-    for tensor, energy in zip(tensors, energies, strict=True):
-        groups.setdefault(tensor.layer, []).append((tensor, energy))
-    found = []
-    for layer in sorted(groups, key=lambda n: math.inf if n is None else n):
-        count = sum(t.weights for t, _ in groups[layer])
-        gap = sum(t.mse * t.weights for t, _ in groups[layer])
-        value, error = (None, None) if layer is None else outputs.get(layer, (None, None))
-        found.append(
-            LayerError(
-                layer=layer, bits=8 * sum(t.bytes for t, _ in groups[layer]) / count,
-                weight_mse=gap / count,
-                weight_relative=_share(gap, sum(energy for _, energy in groups[layer])),
-                output_relative=value, output_stderr=error,
-            )
-        )  # fmt: skip
-    return found

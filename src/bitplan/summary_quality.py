@@ -21,7 +21,7 @@ def of_quality(q: Quality) -> str:
         "",
         *columns(layers, "l" + "r" * (len(layers[0]) - 1)),
     ]
-    told = [*words.kept(q), *(words.speech(q) if not q.warnings else [])]
+    told = [*words.explained(q), *words.kept(q), *(words.speech(q) if not q.warnings else [])]
     if told:
         lines += ["", *(line for sentence in told for line in wrap(sentence))]
     return "\n".join(fit(line, WIDTH) for line in lines)

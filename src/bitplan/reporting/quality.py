@@ -10,9 +10,10 @@ from typing import Any
 
 from bitplan.budget import human
 from bitplan.metrics import told
-from bitplan.quality import LayerError, Quality
+from bitplan.quality import Quality
 from bitplan.reporting.wording import markdown as escaped
 from bitplan.reporting.wording import measurement, percent, sig, signed, with_error
+from bitplan.weight_errors import LayerError
 
 Row = tuple[str, ...]
 NAMES = {
@@ -64,19 +65,41 @@ def _unit(q: Quality) -> str:
 
 
 def layers(q: Quality) -> list[Row]:
-    """By layer: bits, error of the weights, error of what leaves the block."""
-    outputs = any(one.output_relative is not None for one in q.layers)
-    head = ("layer", "bits", "weight MSE", "relative", *(("output error",) if outputs else ()))
-    return [head, *(_layer(one, outputs) for one in q.layers)]
+    """By layer: bits, error of the weights, of what leaves the block, of the stream behind it."""
+    shown = [name for name, (value, _, _) in _ERRORS.items() if _known(q, value)]
+    head = ("layer", "bits", "weight MSE", "relative", *shown)
+    return [head, *(_layer(one, shown) for one in q.layers)]
 
 
-def _layer(one: LayerError, outputs: bool) -> Row:
+def explained(q: Quality) -> list[str]:
+    """What the errors of layers mean, a sentence for each that is shown."""
+    return [text for value, _, text in _ERRORS.values() if _known(q, value)]
+
+
+_ERRORS = {
+    "output error": (
+        "output_relative", "output_stderr",
+        "The output error is of what leaves a block when the reference's input enters it, relative"
+        " to its energy.",
+    ),
+    "stream error": (
+        "stream_relative", "stream_stderr",
+        "The stream error is of what a layer hands on while both models run on their own, relative"
+        " to its energy; the errors of all layers before it are in it.",
+    ),
+}  # fmt: skip
+"""Column -> the value and its error in a `LayerError`, and what it means."""
+
+
+def _known(q: Quality, value: str) -> bool:
+    return any(getattr(one, value) is not None for one in q.layers)
+
+
+def _layer(one: LayerError, shown: Sequence[str]) -> Row:
     name = "outside" if one.layer is None else str(one.layer)
     row = (name, f"{one.bits:.2f}", sig(one.weight_mse), sig(one.weight_relative))
-    if not outputs:
-        return row
-    value = one.output_relative
-    return (*row, "" if value is None else with_error(value, one.output_stderr))
+    found = [(getattr(one, v), getattr(one, e)) for v, e, _ in (_ERRORS[name] for name in shown)]
+    return (*row, *("" if value is None else with_error(value, error) for value, error in found))
 
 
 def kept(q: Quality) -> list[str]:
@@ -121,7 +144,7 @@ def page(q: Quality) -> dict[str, Any]:
         "headline": headline(q),
         "warnings": q.warnings,
         "tables": [("Figures of the written model", figures(q)), ("Errors by layer", layers(q))],
-        "lines": [*kept(q), *(speech(q) if not q.warnings else [])],
+        "lines": [*explained(q), *kept(q), *(speech(q) if not q.warnings else [])],
     }
 
 
@@ -136,8 +159,7 @@ def markdown(q: Quality) -> str:
         *(f"**Warning.** {escaped(w)}" for w in q.warnings),
         *(escaped(s) for s in speech(q) if not q.warnings),
         "### By layer",
-        "The output error is of what leaves a block when the reference's input enters it, relative"
-        " to its energy.",
+        *explained(q),
         _table(layers(q)),
     ]
     if q.super_weights is not None:

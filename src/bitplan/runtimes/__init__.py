@@ -192,6 +192,16 @@ class Streaming(Protocol):
 
 
 @runtime_checkable
+class Sliceable(Protocol):
+    """A runtime that reads rows of a tensor, so that a large one need not lie whole in memory."""
+
+    def rows(self, tensor: str, begin: int, end: int) -> Array:
+        """These rows of the reference's weights [end - begin, row], as `Runtime.original` numbers
+        them: those of all matrices one after another."""
+        ...
+
+
+@runtime_checkable
 class Looker(Protocol):
     """A runtime that can round weights by what they are multiplied with."""
 

@@ -3,14 +3,14 @@
 The scheduler offers every node of the compute graph twice: before it runs ("do you want it?") and
 after. `WeightFinder` learns where the weights lie in memory; `Collector` sums squares of the inputs
 of every weight (the importance matrix) and cosines of each layer's input and output, and notes the
-largest inputs and outputs of down projections.
+largest inputs and outputs of down projections; `LayerOutputs` shows what leaves each layer.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,31 @@ class WeightFinder:
 
 def _same_data(one: int, other: int) -> bool:
     return bool(_node(one).data == _node(other).data)
+
+
+class LayerOutputs:
+    """Hands on what leaves each layer while a model decodes: `see(layer, values [tokens, width])`,
+    once for each run of the compute graph."""
+
+    def __init__(self, see: Callable[[int, npt.NDArray[np.float32]], None]) -> None:
+        self._see = see
+        self._error: Exception | None = None
+        self.callback = capi.ggml_backend_sched_eval_callback(self._visit)
+
+    def _visit(self, address: int, ask: bool, data: Any) -> bool:
+        try:  # an exception must not travel through C; it is raised again by `check`
+            node = _node(address)
+            match = _LAYER_OUTPUT.match(_name(node))
+            if match and not ask:
+                self._see(int(match[1]), _floats(node).reshape(-1, int(node.ne[0])))
+        except (ValueError, IndexError, KeyError, MemoryError) as error:
+            self._error = error
+            return False
+        return match is not None or not ask
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
 
 
 class Collector:

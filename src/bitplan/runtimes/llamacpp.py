@@ -8,9 +8,8 @@ the second half is scored, and several windows go through one decode as separate
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,20 +19,19 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as capi
 
-from bitplan import formats, gguf_file, gguf_layout, identity, units
-from bitplan.artifacts import ModelFacts
+from bitplan import gguf_file
 from bitplan.errors import RuntimeFailure, UsageError
-from bitplan.formats import Format
 from bitplan.machine import available_cores
 from bitplan.runtimes import capture as capturing
-from bitplan.runtimes import decoding, ggml, log
+from bitplan.runtimes import decoding, layers, log
+from bitplan.runtimes.opened import OpenGguf
 from bitplan.runtimes.statistics import Captured
-from bitplan.runtimes.swap import Assignment, Weights, original
+from bitplan.runtimes.swap import Assignment, Weights
 from bitplan.runtimes.vocabulary import Vocabulary
-from bitplan.tensors import Tensor
 
 Tokens = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
+Errors = npt.NDArray[np.float64]
 
 BATCH = 2048  # tokens of one decode, as llama-perplexity's default
 _LOAD_MODES = {"read": capi.LLAMA_LOAD_MODE_NONE, "mmap": capi.LLAMA_LOAD_MODE_MMAP}
@@ -44,11 +42,8 @@ def scored(ctx: int) -> slice:
     return slice(ctx // 2, ctx - 1)
 
 
-class LlamaModel:
+class LlamaModel(OpenGguf):
     """An open GGUF model. Use as a context manager; not shared between threads."""
-
-    is_classifier = False
-    label_names: Mapping[str, int] = {}
 
     def __init__(
         self,
@@ -67,7 +62,7 @@ class LlamaModel:
         self.header = gguf_file.read(path)
         self.path, self.ctx, self.threads = Path(path), ctx, threads or available_cores()
         self._resources = contextlib.ExitStack()
-        self.gpu_layers = gpu_layers
+        self.gpu_layers, self._swap = gpu_layers, swap
         self.parallel = max(1, BATCH // ctx)
         with contextlib.ExitStack() as undo:
             undo.callback(self._resources.close)
@@ -122,59 +117,8 @@ class LlamaModel:
     # --- what is in it ---------------------------------------------------------------------
 
     @property
-    def tensors(self) -> Sequence[Tensor]:
-        return self.header.tensors
-
-    @property
     def engine(self) -> str:
         return engine_version()
-
-    @property
-    def device(self) -> str:
-        return f"gpu_layers={self.gpu_layers}" if self.gpu_layers else "cpu"
-
-    @property
-    def positions(self) -> int:
-        """Scored positions of a window."""
-        return self.ctx - 1 - self.ctx // 2
-
-    def fixed_bytes(self, added: gguf_layout.Keys) -> int:
-        """Bytes of a written file that no plan changes; added: the metadata that it gains."""
-        return gguf_layout.fixed_bytes(self.header, added)
-
-    def targets(self, windows: Tokens) -> Tokens:
-        """The token that each scored position ought to predict, [n, positions]."""
-        return windows[:, self.ctx // 2 + 1 :]
-
-    @functools.cached_property
-    def facts(self) -> ModelFacts:
-        return identity.model_facts(self.header)
-
-    def units(self, grouping: units.Grouping = "tensor") -> list[units.Unit]:
-        return units.find(self.header, grouping)
-
-    def formats(self) -> list[Format]:
-        return formats.parse("all")
-
-    @property
-    def bos(self) -> int | None:
-        """The token that opens every window, where the vocabulary adds one."""
-        return self._vocabulary.bos
-
-    def tokenize(self, text: str) -> Tokens:
-        """Text -> token ids, special tokens added as the model's tokenizer wants them."""
-        return self._vocabulary.tokenize(text)
-
-    def encode(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
-        raise RuntimeFailure(f"{self.path}: is no classifier; it has text, not examples.")
-
-    def text(self, tokens: Tokens) -> str:
-        """The text that one row of tokens stands for; special tokens stand for none."""
-        return self._vocabulary.text(tokens)
-
-    def text_bytes(self, tokens: Tokens) -> int:
-        """Bytes of text that these tokens stand for; special tokens stand for none."""
-        return self._vocabulary.text_bytes(tokens)
 
     # --- running ---------------------------------------------------------------------------
 
@@ -184,11 +128,11 @@ class LlamaModel:
         windows: [n, ctx]. Runs the model as it stands (also with weights swapped). What is yielded
         is llama.cpp's own memory: use it, or copy it, before asking for the next.
         """
-        part = scored(self.ctx)
+        first = scored(self.ctx).start
         width = self.ctx - self.ctx // 2
         for begin in range(0, len(windows), self.parallel):
             group = windows[begin : begin + self.parallel]
-            self._decode(self._context, group, first_output=part.start)
+            self._decode(self._context, group, first_output=first)
             whole = decoding.logits(self._context, (len(group), width, self.n_vocab))
             yield from whole[:, : self.positions]
 
@@ -248,6 +192,7 @@ class LlamaModel:
 
         importance: tensor name -> mean squared input, [row] or [experts, row].
         """
+        self._check_swap()
         with self.weights.swapped(assignment, importance or {}):
             yield
 
@@ -260,24 +205,32 @@ class LlamaModel:
 
         Unlike `rounded` it stays so, and going to a similar assignment costs only what differs.
         """
+        if assignment:
+            self._check_swap()
         self.weights.hold(assignment, importance or {})
 
     def put(self, tensor: str, values: Logits) -> None:
         """From now on a tensor holds these values [rows, row], until `hold` says otherwise."""
+        self._check_swap()
         self.weights.put(tensor, values)
 
-    def original(
-        self, tensor: str, most_rows: int | None = None
-    ) -> tuple[npt.NDArray[np.float32], int]:
-        """Weights as the file has them, [rows, row], and how many matrices (experts) they hold."""
-        entry = next(t for t in self.header.tensors if t.name == tensor)
-        return original(entry, most_rows)
+    def _check_swap(self) -> None:
+        """What is mapped cannot be written to: the process would end."""
+        if not self._swap:
+            raise RuntimeFailure(f"{self.path}: was opened to run; its weights cannot be replaced.")
 
-    def round(
-        self, weights: Logits, fmt: Format, importance: Logits | None = None, matrices: int = 1
-    ) -> Logits:
-        """Weights [rows, row] after a round trip through a format, as llama.cpp rounds them."""
-        return ggml.rounded(weights, fmt, importance, self.threads)
+    def layer_outputs(self, window: Tokens, see: Callable[[int, Logits], None]) -> None:
+        """Run one window [ctx]; what leaves each layer is shown as [tokens, width], in parts where
+        a window is longer than one run of the graph. Nothing where layers are not told apart."""
+        outputs = capturing.LayerOutputs(see)
+        with self._new_context(self.ctx, 1, outputs.callback) as context:
+            self._decode(context, window[None], first_output=0)
+            outputs.check()
+
+    def stream_errors(self, reference: LlamaModel, window: Tokens) -> dict[int, Errors]:
+        """Layer -> ||h - h'||^2 / ||h||^2 of every token of one window [ctx]: the stream behind the
+        layer, in the reference and here, each running on its own."""
+        return layers.stream_errors(reference, self, window)
 
     def capture(self, windows: Tokens, what: Sequence[str]) -> Captured:
         """Statistics of activations over all tokens of the windows.

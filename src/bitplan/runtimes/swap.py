@@ -124,6 +124,12 @@ def original(tensor: Tensor, most_rows: int | None = None) -> tuple[Array, int]:
     return ggml.dequantize(raw, tensor.fmt, row), matrices
 
 
+def part(tensor: Tensor, begin: int, end: int) -> Array:
+    """Some rows of the file's weights [end - begin, row], those of all matrices in a row."""
+    rows = _raw(tensor).reshape(math.prod(tensor.shape[:-1]), -1)[begin:end]
+    return ggml.dequantize(np.array(rows).reshape(-1), tensor.fmt, tensor.shape[-1])
+
+
 def _raw(tensor: Tensor) -> npt.NDArray[np.uint8]:
     """The tensor's bytes, mapped: only what is used is read."""
     try:
