@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import spearmanr
@@ -15,6 +15,7 @@ from bitplan import agreement
 ROWS = arrays(np.float32, (3, 24), elements=st.integers(0, 40).map(float))
 
 
+@settings(max_examples=50, deadline=None)
 @given(ROWS, ROWS)
 def test_ranks_are_scipys(a: np.ndarray, b: np.ndarray) -> None:
     kept = [i for i in range(3) if np.ptp(a[i]) and np.ptp(b[i])]
@@ -24,6 +25,7 @@ def test_ranks_are_scipys(a: np.ndarray, b: np.ndarray) -> None:
         assert agreement.rank_correlation(a[kept], b[kept]) == pytest.approx(expected, abs=1e-12)
 
 
+@settings(max_examples=50, deadline=None)
 @given(ROWS, st.sampled_from([0.01, 0.1, 0.5, 1.0]))
 def test_a_matrix_agrees_with_itself(a: np.ndarray, share: float) -> None:
     assert agreement.rank_correlation(a, a) == 1
@@ -31,6 +33,7 @@ def test_a_matrix_agrees_with_itself(a: np.ndarray, share: float) -> None:
     assert agreement.overlap(a, a, share) == 1
 
 
+@settings(max_examples=50, deadline=None)
 @given(ROWS, ROWS, st.sampled_from([0.01, 0.1, 0.5, 1.0]))
 def test_agreement_is_symmetric_and_within_bounds(
     a: np.ndarray, b: np.ndarray, share: float

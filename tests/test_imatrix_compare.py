@@ -88,7 +88,9 @@ def test_tensors_that_cannot_be_compared_are_named() -> None:
     rows = inputs(1, rows=2)
     one = matrix({Q: entry(rows[0]), DOWN: entry(rows[0]), EXPERTS: entry(rows, [5, 0])})
     other = matrix({Q: entry(rows[0]), EXPERTS: entry(rows, [0, 5])})
-    assert imatrix_compare.run({"a": one, "b": other}).left_out == [DOWN, EXPERTS]
+    found = imatrix_compare.run({"a": one, "b": other})
+    assert found.left_out == [DOWN, EXPERTS]
+    assert f"not in all: {DOWN}, {EXPERTS}." in summary_imatrix.of(found).replace("\n", " ")
 
 
 def test_the_old_format_keeps_experts_in_one_row(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
         imatrix_compare.run({"a": dense(1), "b": matrix({EXPERTS: entry(inputs(1))})})
     with pytest.raises(UsageError, match="at least two"):
         imatrix_compare.run({"a": dense(1)})
-    with pytest.raises(UsageError, match="two for --noise"):
+    with pytest.raises(UsageError, match="--noise takes two"):
         imatrix_compare.run({"a": dense(1), "b": dense(2)}, halves={"c": dense(3)})
     with pytest.raises(UsageError, match="--top is a share"):
         imatrix_compare.run({"a": dense(1), "b": dense(2)}, shares=[10])

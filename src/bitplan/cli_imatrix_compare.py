@@ -49,7 +49,9 @@ def compare(
     eval_windows: o.EvalWindows = 24,
     halves: Annotated[
         int,
-        typer.Option(help="Without --noise: windows of --text in each of its halves; 0: none."),
+        typer.Option(
+            min=0, help="Without --noise: windows of --text in each of its halves; 0: none."
+        ),
     ] = 16,
     gpu_layers: o.GpuLayers = 0,
     seed: o.Seed = 0,
@@ -64,7 +66,7 @@ def compare(
 
     `bitplan imatrix compare code.gguf wiki.gguf --model model-f16.gguf --bpw 3.5`
     """
-    from bitplan import imatrix_compare, summary_imatrix
+    from bitplan import imatrix, imatrix_compare, summary_imatrix
     from bitplan.errors import UsageError
     from bitplan.setting import Setting
     from bitplan.subject import Subject
@@ -73,9 +75,12 @@ def compare(
     every, both = _read(files, noise or [])
     found = imatrix_compare.run(every, shares, both)
     folder = out or Path("bitplan-out") / "imatrix-compare"
-    if model is None and (size is not None or bpw is not None):
+    budgets = sum(x is not None for x in (size, bpw))
+    if model is None and budgets:
         raise UsageError("a budget is for plans; name the model with --model.")
     if model is not None:
+        if budgets != 1:
+            raise UsageError("plans are made for one budget: give --size 400MB or --bpw 3.5.")
         setting = Setting(
             text=text, eval_text=eval_text or text, ctx=ctx, windows=windows,
             eval_windows=eval_windows, imatrix_windows=0 if both else 2 * halves,
@@ -88,6 +93,8 @@ def compare(
             console.progress(quiet or as_json) as report,
             Subject(path, folder / FOLDER, setting, report) as subject,
         ):
+            for matrix in every.values():
+                imatrix.check(matrix, subject.header)
             budget = _budget(subject, size, bpw, settings)
             both = both or _halves(subject)
             plans = _planned(subject, every, both, budget, settings)

@@ -136,16 +136,24 @@ def run(
     shares: of the columns that are called the top, 0 to 1. halves: two matrices of two halves of
     one text. Raises UsageError for fewer than two matrices, ImatrixError for those of other models.
     """
-    if len(matrices) < 2 or (halves and len(halves) != 2):
-        raise UsageError("name at least two importance matrices to compare, and two for --noise.")
+    if len(matrices) < 2:
+        raise UsageError("name at least two importance matrices to compare.")
+    if halves and len(halves) != 2:
+        raise UsageError("--noise takes two importance matrices, one of each half of a text.")
     if not all(0 < s <= 1 for s in shares) or not shares:
         raise UsageError("--top is a share of the columns, above 0 and at most 1, such as 0.01.")
     every = {**matrices, **(halves or {})}
     inputs, left_out = _inputs(every, list(matrices), list(halves or {}), shares)
     parents = {f"imatrix:{name}": m.hash() for name, m in every.items()}
+    if plans:
+        parents |= {"model": plans.model.sha256, "text": plans.text.sha256}
     return ImatrixComparison(
         schema=schema_of(ImatrixComparison),
-        origin=Origin(parents=parents, settings={"shares": list(shares)}),
+        origin=Origin(
+            engine=plans.engine if plans else "",
+            parents=parents,
+            settings={"shares": list(shares)},
+        ),
         matrices=[_facts(n, m) for n, m in matrices.items()],
         shares=list(shares),
         inputs=sorted(inputs, key=lambda i: (i.worst.rank, i.tensors)),

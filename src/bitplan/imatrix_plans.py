@@ -64,7 +64,11 @@ class Plans(Record):
     """One plan for each matrix, within the same bytes."""
 
     model: ModelFacts
+    engine: str
     budget: Budget
+    scorer: str
+    candidates: list[str]
+    """Formats that the plans choose from."""
     text: TextFacts
     """On which sensitivities were measured."""
     held_out: TextFacts
@@ -115,7 +119,10 @@ def run(
     planned = [_planned(name, made[name], tokens[name]) for name in every]
     return Plans(
         model=bench.facts,
+        engine=bench.model.engine,
         budget=budget,
+        scorer=bench.settings.scorer,
+        candidates=[f.name for f in bench.settings.formats],
         text=bench.calibration.facts,
         held_out=bench.held_out.facts,
         planned=sorted(planned, key=lambda p: p.kl),

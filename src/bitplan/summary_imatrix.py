@@ -14,10 +14,9 @@ from bitplan.summary import LEVELS, MOST_LINES, WIDTH, columns, fit, wrap
 def of(found: ImatrixComparison) -> str:
     """What was found, the inputs that agree least first, and what the plans make of it."""
     tensors = sum(len(i.tensors) for i in found.inputs)
-    left = f"; {len(found.left_out)} tensors not in all" if found.left_out else ""
     head = (
         f"{len(found.matrices)} importance matrices, {tensors} tensors with"
-        f" {len(found.inputs)} inputs{left}"
+        f" {len(found.inputs)} inputs"
     )
     facts = [("matrix", "tokens", "text")]
     facts += [
@@ -33,6 +32,9 @@ def of(found: ImatrixComparison) -> str:
 def findings(found: ImatrixComparison) -> list[str]:
     """A sentence on every question that the figures answer."""
     told = [_on_text(found)]
+    if found.left_out:
+        more = f" and {len(found.left_out) - 4} more" if len(found.left_out) > 4 else ""
+        told.append(f"Not compared, since not in all: {', '.join(found.left_out[:4])}{more}.")
     if found.plans:
         told += _on_plans(found.plans)
     return told
@@ -181,10 +183,10 @@ def _changed(plans: Plans) -> list[str]:
     compared = {n for b in plans.between for n in (b.a, b.b)}
     own = [p for p in plans.planned if p.matrix in compared]
     order = list(dict.fromkeys(u for b in plans.between for u in b.changed))
+    halves = ["* two halves of one text"] if plans.noise else []
     if not order:
-        return []
+        return halves
     rows: list[tuple[str, ...]] = [("stored otherwise", *(p.matrix for p in own))]
     rows += [(u, *(p.formats[u] for p in own)) for u in order[:MOST_LINES]]
     more = [f"and {len(order) - MOST_LINES} more"] if len(order) > MOST_LINES else []
-    halves = ["* two halves of one text"] if plans.noise else []
     return [*halves, "", *columns(rows, "l" * len(rows[0])), *more]
