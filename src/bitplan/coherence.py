@@ -31,6 +31,7 @@ VERSION = 1
 """To be raised when the same model would be given other figures: kept ones are not used then."""
 _GRAM = 4
 _SHOWN = 120  # characters of a text in a warning
+_OPENING = "The model may no longer speak: "
 
 
 class Voice(Record):
@@ -65,6 +66,12 @@ class Coherence(Record):
     @property
     def speaks(self) -> bool:
         return not self.warnings
+
+    @property
+    def reasons(self) -> list[str]:
+        """What is wrong, without the sentence around it: `it repeats itself (...)`."""
+        told = [w for w in self.warnings if w.startswith(_OPENING)]
+        return [w.removeprefix(_OPENING).removesuffix(".") for w in told]
 
 
 class Said(Record):
@@ -255,4 +262,4 @@ def _warnings(
     said, instead = (" ".join(v.texts[0].split())[:_SHOWN] for v in (its, mine))
     after = " ".join(prompts[0].split())[-_SHOWN // 2 :]
     shown = f'After "… {after}" it goes on "{said}", the reference "{instead}".'
-    return [*(f"The model may no longer speak: {what}." for what in found), shown]
+    return [*(f"{_OPENING}{what}." for what in found), shown]

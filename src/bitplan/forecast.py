@@ -7,19 +7,30 @@ content, so a run that was stopped goes on, and one that was finished reads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from bitplan import measured, metrics, voices
 from bitplan.artifacts import Record
 from bitplan.coherence import Coherence
-from bitplan.measured import Place
+from bitplan.measured import Place, Work
+from bitplan.metrics import Tokens
+from bitplan.reporting.wording import with_error
 from bitplan.runtimes import Runtime
+from bitplan.voices import REFERENCE
 
 Progress = Callable[[str, int, int], None]
 Rows = npt.NDArray[np.int32]
+
+LARGE = 0.1
+"""Share of perplexity, beyond two standard errors, that a user is told of."""
+MANIFOLD = 10
+"""Growth from which a factor says more than a percentage."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,18 @@ class Forecast(Record):
     """The same for a large loss of a model that does still speak."""
 
     @property
+    def cost(self) -> str:
+        """`q2_k costs 34.1 ± 2.0 % of perplexity here`, or KL where there is no perplexity."""
+        if self.perplexity_ratio is None:
+            kl = with_error(self.kl, self.kl_stderr)
+            return f"{self.name} costs {kl} nats of KL per example here"
+        change, error = self.perplexity_ratio - 1, self.perplexity_stderr or 0.0
+        if change > MANIFOLD:
+            times = with_error(self.perplexity_ratio, error)
+            return f"{self.name} multiplies perplexity by {times} here"
+        return f"{self.name} costs {with_error(100 * change, 100 * error)} % of perplexity here"
+
+    @property
     def speaks(self) -> bool | None:
         """Whether it still speaks as its reference does; None where nobody listened."""
         return None if self.coherence is None else self.coherence.speaks
@@ -76,4 +99,41 @@ def run(
     place: see `measured.place`. speaks: also listen to it, where the model is a decoder. Raises
     ArtifactError, RuntimeFailure.
     """
-    raise NotImplementedError
+    works = [Work(REFERENCE.name, {}), *(Work(n, w.types) for n, w in wanted.items())]
+    room = voices.Room(model, windows, place)
+    speaks = speaks and not model.is_classifier
+    if speaks:
+        voices.run(room, [], importance)  # the reference first, whose words the others may repeat
+    also = partial(voices.listen, room) if speaks else lambda *_: None
+    found = measured.run(model, works, windows, importance, place, progress, also)
+    heard = voices.run(room, works[1:], importance, progress) if speaks else {}
+    weights = model.facts.weights
+    own = found[REFERENCE.name]
+    return [_told(n, w, found[n], own, weights, heard.get(n)) for n, w in wanted.items()]
+
+
+def _told(
+    name: str, wanted: Wanted, tokens: Tokens, own: Tokens, weights: int, heard: Coherence | None
+) -> Forecast:
+    kl, kl_error = metrics.mean(tokens.kl)
+    ratio = None if tokens.by_example else _ratio(tokens, own)
+    found = Forecast(
+        name=name, bytes=wanted.bytes, bpw=8 * wanted.bytes / weights, kl=kl, kl_stderr=kl_error,
+        perplexity_ratio=ratio[0] if ratio else None,
+        perplexity_stderr=ratio[1] if ratio else None,
+        top1_agreement=float(tokens.same_top.mean()), coherence=heard, warnings=[], notes=[],
+    )  # fmt: skip
+    large = ratio is not None and ratio[0] - 1 - 2 * ratio[1] > LARGE
+    if heard is not None and not heard.speaks:
+        why = " and ".join(heard.reasons)
+        return found.model_copy(update={"warnings": [f"{found.cost}; it no longer speaks: {why}."]})
+    if large:
+        rest = "" if heard is None else ", but it still speaks"
+        return found.model_copy(update={"notes": [f"{found.cost}: a large loss{rest}."]})
+    return found
+
+
+def _ratio(tokens: Tokens, own: Tokens) -> tuple[float, float]:
+    """Perplexity over the reference's on the same tokens, and its paired error (delta method)."""
+    gap, error = metrics.mean(tokens.nll - own.nll)
+    return math.exp(gap), math.exp(gap) * error

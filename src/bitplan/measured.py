@@ -92,11 +92,14 @@ def run(
     importance: Mapping[str, npt.NDArray[np.float32]],
     place: Place,
     progress: Progress = lambda *_: None,
+    also: Callable[[Runtime, Work], None] = lambda *_: None,
 ) -> dict[str, Tokens]:
     """Token-level figures of each work, by name. The reference is the work without any types.
 
-    Works that are the same but for their names are measured once. Raises ArtifactError when a
-    measurement cannot be kept or read, UsageError for a file of another model.
+    Works that are the same but for their names are measured once. also: called with each work that
+    is measured now, and the model that runs as it says, since rounding may cost more than running.
+    Raises ArtifactError when a measurement cannot be kept or read, UsageError for a file of another
+    model.
     """
     distinct = {place.path(w, windows[:0]): w for w in works}.values()
     done, total = 0, len(distinct) * len(windows)
@@ -110,9 +113,9 @@ def run(
             refs = paired.references(model, chunk) if todo else []
             for work in ordered(todo):
                 progress(f"variants: {work.name}", done, total)
-                with _running(model, work, importance) as running:
-                    found = paired.tokens(running, refs, chunk)
-                _save(found, place.path(work, chunk))
+                with running(model, work, importance) as opened:
+                    _save(paired.tokens(opened, refs, chunk), place.path(work, chunk))
+                    also(opened, work)
                 done += len(chunk)
                 progress(f"variants: {work.name}", done, total)
             shape = (len(chunk), model.positions)
@@ -156,9 +159,10 @@ def ordered(works: Sequence[Work]) -> list[Work]:
 
 
 @contextlib.contextmanager
-def _running(
+def running(
     model: Runtime, work: Work, importance: Mapping[str, npt.NDArray[np.float32]]
 ) -> Iterator[Runtime]:
+    """A model that runs as the work says: this one, which stays so, or its file's."""
     if work.file is None:
         model.hold(work.assignment, importance)
         yield model

@@ -26,6 +26,9 @@ FTYPES = {
 }  # fmt: skip
 """`enum llama_ftype` of every preset that needs no special training."""
 
+TERNARY = {"TQ1_0": 36, "TQ2_0": 37}
+"""The same of those for models that were trained ternary; no rivals of anything else."""
+
 NEED_IMATRIX = frozenset(
     {"IQ3_XXS", "IQ3_XS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
 )
@@ -47,12 +50,13 @@ def resolve(
     header: Header, name: str, keys: gguf_layout.Keys, matrix: Path | None = None
 ) -> Preset:
     """What one preset does to this model. Raises UnknownNameError, WriteError."""
-    if name.upper() not in FTYPES:
-        raise UnknownNameError("preset", name, (n.lower() for n in FTYPES))
+    known = FTYPES | TERNARY
+    if name.upper() not in known:
+        raise UnknownNameError("preset", name, (n.lower() for n in known))
     job = Job(
         source=str(header.shards[0]),
         target=str(header.path.with_suffix(".dry")),
-        ftype=FTYPES[name.upper()],
+        ftype=known[name.upper()],
         imatrix=str(matrix) if matrix else "",
         dry_run=True,
         allow_requantize=True,
@@ -69,6 +73,11 @@ def resolve(
     types = {tensor: found[tensor] for tensor in changing}
     data = sum(padded(formats.nbytes(formats.get(f), changing[t].shape)) for t, f in types.items())
     return Preset(name.upper(), types, gguf_layout.fixed_bytes(header, keys) + data)
+
+
+def is_preset(name: str) -> bool:
+    """Whether `resolve` knows it, in any case; some presets are called as formats are."""
+    return name.upper() in FTYPES | TERNARY
 
 
 def fitting(

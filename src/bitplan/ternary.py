@@ -104,8 +104,9 @@ def look(tensor: Tensor) -> Look:
 
 def _judged(name: str, blocks: Blocks) -> Look:
     scale, values = rounded(blocks)
-    energy = float(np.square(blocks, dtype=np.float64).sum())
-    lost = float(np.square(blocks - scale * values, dtype=np.float64).sum())
+    with np.errstate(invalid="ignore"):  # of what is not finite
+        energy = float(np.square(blocks, dtype=np.float64).sum())
+        lost = float(np.square(blocks - scale * values, dtype=np.float64).sum())
     other = int((~ternary(blocks)).sum())
     return Look(name, len(blocks), other, lost / energy if energy else 0.0)
 

@@ -69,11 +69,11 @@ class GgufSource:
     def base(self, name: str, matrix: Callable[[], Path | None]) -> dict[str, str]:
         """What llama-quantize NAME gives (`q4_0`, `q4_k_m`: the embedding or output may differ),
         or, where that is no preset, the format everywhere. Raises UnknownNameError."""
-        if name.upper() in presets.FTYPES:
+        if presets.is_preset(name):
             needs = name.upper() in presets.NEED_IMATRIX
             return presets.resolve(self.header, name, self.keys, matrix() if needs else None).types
         if name.lower() not in formats.FORMATS:
-            known = {*formats.FORMATS, *(n.lower() for n in presets.FTYPES)}
+            known = {*formats.FORMATS, *(n.lower() for n in presets.FTYPES | presets.TERNARY)}
             raise UnknownNameError("format or preset", name, known)
         return units.everywhere(self.units(), name)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
-from bitplan.presets import FTYPES
+from bitplan.presets import is_preset
 from bitplan.reporting.wording import signed
 from bitplan.results import Command
 from bitplan.studies import Case, Subject
@@ -66,7 +66,7 @@ def command(seen: View, case: Case, base: str) -> str:
         parts.append(f"--imatrix {shlex.quote(subject.matrix.name)}")
     for pattern, fmt in needed(subject, types, base, seen.uniform.variant.types):
         parts.append(f"--tensor-type {shlex.quote(f'{pattern}={fmt}')}")
-    preset = base.upper() if base.upper() in FTYPES else gguf.preset_of(types)
+    preset = base.upper() if is_preset(base) else gguf.preset_of(types)
     parts.append(f"{shlex.quote(source)} {shlex.quote(f'{case.variant.name}.gguf')} {preset}")
     return " \\\n  ".join(parts)
 
@@ -80,7 +80,7 @@ def needed(
     counts the tensors that no pattern names to decide which get more bits, and with an importance
     matrix Q4_0 and Q5_0 do so too: then everything within the layers is pinned.
     """
-    if base.upper() not in FTYPES:
+    if not is_preset(base):
         return patterns.of(types)
     inside = {t: f for t, f in types.items() if layer_and_role(t)[0] is not None}
     plain = {uniform[t] for t in inside}
