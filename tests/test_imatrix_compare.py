@@ -185,6 +185,9 @@ def test_the_command(tmp_path: Path) -> None:
     found = load(tmp_path / "out" / "imatrix-compare.json", ImatrixComparison)
     assert [m.sha256 for m in found.matrices] == [imatrix.read(f).hash() for f in files]
     assert str(tmp_path) not in found.dumps()
+    drawn = {f.name: f.read_bytes()[:8] for f in (tmp_path / "out" / "figures").iterdir()}
+    assert sorted(drawn) == ["imatrix-texts.png", "imatrix-texts.svg"]
+    assert drawn["imatrix-texts.png"] == b"\x89PNG\r\n\x1a\n"
     again = imatrix_compare.run({"code": dense(1), "prose": dense(2)}, [0.05])
     assert found.dumps() == again.dumps()
     wrong = CliRunner().invoke(app, ["imatrix", "compare", *files, "--bpw", "3", "--out", out])

@@ -68,6 +68,7 @@ def compare(
     """
     from bitplan import imatrix, imatrix_compare, summary_imatrix
     from bitplan.errors import UsageError
+    from bitplan.reporting import agreement_figures
     from bitplan.setting import Setting
     from bitplan.subject import Subject
 
@@ -100,6 +101,7 @@ def compare(
             plans = _planned(subject, every, both, budget, settings)
         found = imatrix_compare.run(every, shares, both, plans)
     found.save(folder / FILE)
+    agreement_figures.save(found, folder / "figures")
     console.show(summary_imatrix.of(found), found.dumps(), as_json, quiet)
 
 

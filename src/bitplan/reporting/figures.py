@@ -124,9 +124,9 @@ def bits(facts: Findings) -> Figure:
     cells: dict[heatmaps.Place, float] = {
         (r.role, r.layer): float(names.index(r.format)) for r in facts.stored
     }
-    figure, axes = _grid(cells)
-    _image(axes, cells, cmap=ListedColormap(list(colours.values())), vmin=-0.5,
-           vmax=len(names) - 0.5)  # fmt: skip
+    figure, axes = layer_grid(cells)
+    colour_map = ListedColormap(list(colours.values()))
+    layer_image(axes, cells, cmap=colour_map, vmin=-0.5, vmax=len(names) - 0.5)
     for mix in facts.mix:
         axes.scatter([], [], marker="s", s=60, color=colours[mix.format],
                      label=f"{mix.format}, {sig(mix.bits)} bits")  # fmt: skip
@@ -142,9 +142,9 @@ def sensitivity(table: Sensitivity) -> Figure:
     scores = [s for s in table.scores if s.format == name and s.unit in places]
     floor = heatmaps.least(scores)
     cells: dict[heatmaps.Place, float] = {places[s.unit]: max(s.damage, floor) for s in scores}
-    figure, axes = _grid(cells)
+    figure, axes = layer_grid(cells)
     top = max(*cells.values(), floor * 1.1)
-    image = _image(axes, cells, cmap="plasma", norm=LogNorm(floor, top))
+    image = layer_image(axes, cells, cmap="plasma", norm=LogNorm(floor, top))
     ticks = log_ticks(floor, top)
     bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
     bar.set_ticks([t for t, _ in ticks], labels=[text for _, text in ticks])
@@ -184,7 +184,7 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _grid(cells: dict[heatmaps.Place, float]) -> tuple[Figure, Axes]:
+def layer_grid(cells: dict[heatmaps.Place, float]) -> tuple[Figure, Axes]:
     """An empty canvas with roles and layers on its axes."""
     roles, layers = heatmaps.grid(cells)
     figure, axes = canvas(min(3.2 + 0.32 * len(layers), 14), 0.9 + 0.3 * len(roles))
@@ -198,7 +198,7 @@ def _grid(cells: dict[heatmaps.Place, float]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _image(axes: Axes, cells: dict[heatmaps.Place, float], **colours: Any) -> Any:
+def layer_image(axes: Axes, cells: dict[heatmaps.Place, float], **colours: Any) -> Any:
     roles, layers = heatmaps.grid(cells)
     nothing = float("nan")
     rows = [[cells.get((role, layer), nothing) for layer in layers] for role in roles]
