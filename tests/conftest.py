@@ -65,6 +65,11 @@ def stories_text(shared: Path) -> str:
 @pytest.fixture(scope="session")
 def text() -> str:
     """Words in random order, enough for eight windows of the tiny models."""
+    return words()
+
+
+def words() -> str:
+    """Always the same ones; tools/golden_imatrix.py reads them too."""
     rng = np.random.default_rng(5)
     return " ".join(WORDS[i] for i in rng.integers(0, len(WORDS), 4000))
 

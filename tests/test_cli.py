@@ -141,8 +141,15 @@ def test_importance_matrices_are_collected_and_converted(
     options = ("--text", story, "--ctx", 64, "--windows", 4, "--threads", 1)
     done = bitplan("imatrix", "collect", tiny_gguf, *options, "--out", legacy, "--json")
     assert json.loads(done.stdout)["chunks"] == 4, done.stderr
-    assert bitplan("imatrix", "merge", legacy, "--out", modern).returncode == 0
+    assert bitplan("imatrix", "convert", legacy, modern).returncode == 0
     assert modern.read_bytes()[:4] == b"GGUF"
+    merged = tmp_path / "both.dat"
+    assert bitplan("imatrix", "merge", legacy, modern, "--out", merged).returncode == 0
+    assert bitplan("imatrix", "convert", merged, tmp_path / "no" / "b.gguf").returncode == 0
+    assert "none.dat: cannot be read" in refused(1, "imatrix", "convert", "none.dat", "x.gguf")
+    assert "did you mean 'gradient'" in refused(
+        2, "imatrix", "collect", tiny_gguf, *options, "--method", "gradients", cwd=tmp_path
+    )
 
 
 # --- mistakes ----------------------------------------------------------------------------------

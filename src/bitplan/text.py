@@ -24,6 +24,8 @@ from bitplan.errors import TextError
 
 Tokens = npt.NDArray[np.int32]
 
+WIKITEXT_ARCHIVE = ("ggml-org/ci", "wikitext-2-raw-v1.zip")
+"""Repository of data and file on the hub."""
 _WIKITEXT = {"calibration": "wiki.train.raw", "evaluation": "wiki.test.raw"}
 
 
@@ -76,16 +78,23 @@ def _wikitext2(member: str) -> str:
     if local.is_file():
         return local.read_text(encoding="utf-8")
     try:
-        from huggingface_hub import hf_hub_download
-
-        archive = hf_hub_download("ggml-org/ci", "wikitext-2-raw-v1.zip", repo_type="dataset")
-        with zipfile.ZipFile(archive) as files:
+        with zipfile.ZipFile(_archive()) as files:
             return files.read(f"wikitext-2-raw/{member}").decode()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise TextError(
             f"wikitext2 is neither at {local} nor on the hub ({type(error).__name__}); put"
             f" {member} there, set BITPLAN_DATA, or use --text builtin."
         ) from None
+
+
+def _archive() -> str:
+    """WikiText-2 in the hub's cache, which never changes; fetched where it is not there."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(*WIKITEXT_ARCHIVE, repo_type="dataset", local_files_only=True)
+    except (OSError, ValueError):
+        return hf_hub_download(*WIKITEXT_ARCHIVE, repo_type="dataset")
 
 
 def is_parted(source: str) -> bool:
