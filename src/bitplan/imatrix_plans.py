@@ -108,9 +108,9 @@ def run(
     every = {**matrices, **(halves or {})}
     for matrix in every.values():
         imatrix.check(matrix, bench.model)
-    tables = {name: _table(bench, matrix) for name, matrix in every.items()}
+    tables = {name: _table(bench, name, matrix) for name, matrix in every.items()}
     made = {name: plan.make(table, budget) for name, table in tables.items()}
-    tokens = {name: _tokens(bench, made[name], m) for name, m in every.items()}
+    tokens = {name: _tokens(bench, name, made[name], m) for name, m in every.items()}
     weights = {u.name: _weights(u.shapes) for t in tables.values() for u in t.units}
 
     def between(a: str, b: str) -> Between:
@@ -131,17 +131,20 @@ def run(
     )
 
 
-def _table(bench: Bench, matrix: Imatrix) -> Sensitivity:
+def _table(bench: Bench, name: str, matrix: Imatrix) -> Sensitivity:
+    def told(what: str, done: int, total: int) -> None:
+        bench.progress(f"{what}: {name}", done, total)
+
     return measure.run(
         bench.model, bench.calibration, bench.settings, bench.out / matrix.hash()[:8],
-        facts=bench.facts, imatrix=matrix, fresh=bench.fresh, progress=bench.progress,
+        facts=bench.facts, imatrix=matrix, fresh=bench.fresh, progress=told,
     )  # fmt: skip
 
 
-def _tokens(bench: Bench, made: Plan, matrix: Imatrix) -> Tokens:
+def _tokens(bench: Bench, name: str, made: Plan, matrix: Imatrix) -> Tokens:
     """Figures of a plan on the held-out windows, rounded with its own matrix."""
     place = measured.place(bench.model, bench.out, bench.facts.sha256, matrix.hash())
-    work, windows = Work("plan", made.tensors), bench.held_out.tokens
+    work, windows = Work(name, made.tensors), bench.held_out.tokens
     if bench.fresh:
         measured.forget(bench.model, [work], windows, place)
     found = measured.run(bench.model, [work], windows, matrix.importance(), place, bench.progress)
