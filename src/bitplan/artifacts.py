@@ -300,5 +300,6 @@ def load(path: Path | str, kind: type[A]) -> A:
 _MAKER = {
     "sensitivity": "measure", "plan": "plan", "quantized": "quantize", "evaluation": "evaluate",
     "study": "study", "super-weights": "super-weights", "quality": "quantize",
+    "what-if": "inspect --what-if",
     "imatrix-compare": "imatrix compare",
 }  # fmt: skip

@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from bitplan import cli_auto, cli_imatrix, cli_profiles, cli_quantize, cli_study, cli_super, console
+from bitplan import (
+    cli_auto,
+    cli_imatrix,
+    cli_inspect,
+    cli_profiles,
+    cli_quantize,
+    cli_study,
+    cli_super,
+    console,
+)
 from bitplan import options as o
 from bitplan import options_hf as h
 from bitplan.errors import BitplanError
@@ -29,6 +38,7 @@ app.command("auto")(cli_auto.auto)
 app.command("demo")(cli_auto.demo)
 app.command("quantize")(cli_quantize.quantize)
 app.command("profiles")(cli_profiles.profiles)
+app.command("inspect")(cli_inspect.inspect)
 app.command("super-weights")(cli_super.super_weights)
 app.add_typer(cli_imatrix.app, name="imatrix")
 app.add_typer(cli_study.app, name="study")
@@ -194,33 +204,6 @@ def report(
     files = stage.write_from(folder)
     console.show(
         "\n".join(str(f) for f in files), {"files": [str(f) for f in files]}, as_json, quiet
-    )
-
-
-@app.command()
-def inspect(
-    file: Annotated[
-        str, typer.Argument(help="A .gguf file, or a folder of safetensors.", show_default=False)
-    ],
-    against: Annotated[
-        Path | None, typer.Option(help="plan.json: check that the file is what was planned.")
-    ] = None,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
-) -> None:
-    """What is in a model file, tensor by tensor; with --against, checks it against a plan.
-
-    `bitplan inspect model.gguf --against plan.json`
-    """
-    from bitplan import inspection
-    from bitplan.artifacts import Plan, load
-
-    found = inspection.look(o.located(file))
-    if against is not None:
-        inspection.check(found, load(against, Plan))
-    console.show(
-        inspection.text(found, checked=against is not None), found.document(), as_json, quiet
     )
 
 

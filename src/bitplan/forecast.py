@@ -66,16 +66,19 @@ class Forecast(Record):
     """The same for a large loss of a model that does still speak."""
 
     @property
-    def cost(self) -> str:
-        """`q2_k costs 34.1 ± 2.0 % of perplexity here`, or KL where there is no perplexity."""
+    def perplexity(self) -> str:
+        """What is lost: `34.1 ± 2.0 % of perplexity`; KL where there is no perplexity."""
         if self.perplexity_ratio is None:
-            kl = with_error(self.kl, self.kl_stderr)
-            return f"{self.name} costs {kl} nats of KL per example here"
-        change, error = self.perplexity_ratio - 1, self.perplexity_stderr or 0.0
-        if change > MANIFOLD:
-            times = with_error(self.perplexity_ratio, error)
-            return f"{self.name} multiplies perplexity by {times} here"
-        return f"{self.name} costs {with_error(100 * change, 100 * error)} % of perplexity here"
+            return f"{with_error(self.kl, self.kl_stderr)} nats of KL per example"
+        error = self.perplexity_stderr or 0.0
+        if self.perplexity_ratio > MANIFOLD:
+            return f"{with_error(self.perplexity_ratio, error)} times the perplexity"
+        return f"{with_error(100 * (self.perplexity_ratio - 1), 100 * error)} % of perplexity"
+
+    @property
+    def cost(self) -> str:
+        """`q2_k costs 34.1 ± 2.0 % of perplexity here`."""
+        return f"{self.name} costs {self.perplexity} here"
 
     @property
     def speaks(self) -> bool | None:
@@ -99,7 +102,7 @@ def run(
     place: see `measured.place`. speaks: also listen to it, where the model is a decoder. Raises
     ArtifactError, RuntimeFailure.
     """
-    works = [Work(REFERENCE.name, {}), *(Work(n, w.types) for n, w in wanted.items())]
+    works = [REFERENCE, *(Work(n, w.types) for n, w in wanted.items())]
     room = voices.Room(model, windows, place)
     speaks = speaks and not model.is_classifier
     if speaks:
@@ -110,6 +113,13 @@ def run(
     weights = model.facts.weights
     own = found[REFERENCE.name]
     return [_told(n, w, found[n], own, weights, heard.get(n)) for n, w in wanted.items()]
+
+
+def forget(model: Runtime, wanted: Mapping[str, Wanted], windows: Rows, place: Place) -> None:
+    """Delete what was kept of these assignments and of the reference, and nothing else."""
+    works = [REFERENCE, *(Work(n, w.types) for n, w in wanted.items())]
+    measured.forget(model, works, windows, place)
+    voices.forget(voices.Room(model, windows, place), works)
 
 
 def _told(
