@@ -28,10 +28,10 @@ import hf_models
 import planted_super
 from bitplan import artifacts, auto_hf, cli, quantizers, safetensors_file, units
 from bitplan.artifacts import Evaluation, Plan, Quantized, Sensitivity
-from bitplan.auto_hf import Outcome
-from bitplan.auto_hf_request import Request
 from bitplan.errors import BudgetError, UsageError
+from bitplan.outcome import Outcome
 from bitplan.quality import Quality
+from bitplan.request import Request
 from bitplan.setting import Setting
 from bitplan.sources.hf import HfSource
 from bitplan.superweights import SuperWeights
@@ -65,7 +65,7 @@ def asking(llama: Path, words: Path) -> Asking:
             text=named, eval_text=named, ctx=32, windows=2, eval_windows=4, imatrix_windows=4,
             threads=1, device="cpu", engine=engine,  # type: ignore[arg-type]
         )  # fmt: skip
-        asked = Request(llama, out, quantizers.parse(method), setting)
+        asked = Request(llama, out, setting, method=quantizers.parse(method))
         size = size_of(asked, "int4-g32") + 3000
         return replace(asked, **{"size": str(size), **changes})
 
@@ -103,11 +103,11 @@ def test_what_was_planned_is_written_to_the_byte(made: tuple[Path, Outcome]) -> 
     _, plan, quantized, evaluation, _ = loaded(out)
     assert evaluation.shipped == "plan"
     assert len({f for f in plan.formats.values() if f != "f32"}) > 1  # a real mix
-    assert plan.bytes == quantized.bytes == weights_bytes(outcome.folder)
+    assert plan.bytes == quantized.bytes == weights_bytes(outcome.file)
     assert plan.bytes <= plan.budget.bytes
     packed = {
         e.name.removesuffix("_packed")
-        for file in outcome.folder.glob("*.safetensors")
+        for file in outcome.file.glob("*.safetensors")
         for e in safetensors_file.read(file)
         if e.name.endswith("_packed")
     }
@@ -138,7 +138,7 @@ def test_the_shipped_is_the_better_of_two_and_the_other_is_gone(
     assert (plan.name, rival.name.split("-")[0]) == ("plan", "int4")
     assert rival.bytes <= plan.bytes  # both fit
     assert found.kl("plan") < found.kl(rival.name)
-    assert [p for p in out.glob("llama-*") if p.is_dir()] == [outcome.folder]
+    assert [p for p in out.glob("llama-*") if p.is_dir()] == [outcome.file]
     assert "The plan was shipped" in outcome.summary
 
 
@@ -148,7 +148,7 @@ def test_the_report_shows_the_quality_of_what_was_shipped(made: tuple[Path, Outc
     page.feed((out / "report.html").read_text(encoding="utf-8"))
     assert not page.open
     told = page.sections["written"]
-    for figure in (outcome.folder.name, "perplexity", "top-1 agreement", "weight MSE", "It speaks"):
+    for figure in (outcome.file.name, "perplexity", "top-1 agreement", "weight MSE", "It speaks"):
         assert figure in told, figure
 
 
@@ -184,10 +184,10 @@ def test_the_uniform_format_is_shipped_where_it_is_better(asking: Asking, tmp_pa
     assert found.shipped == "int4-channel"
     assert found.kl("int4-channel") < found.kl("plan")
     assert "int4-channel was shipped" in outcome.summary
-    assert outcome.folder.name == quantized.file == quality.candidate.name
+    assert outcome.file.name == quantized.file == quality.candidate.name
     assert set(quantized.tensors.values()) == {"int4-channel"}
-    assert weights_bytes(outcome.folder) == quantized.bytes <= plan.budget.bytes
-    assert [p for p in tmp_path.glob("llama-*") if p.is_dir()] == [outcome.folder]
+    assert weights_bytes(outcome.file) == quantized.bytes <= plan.budget.bytes
+    assert [p for p in tmp_path.glob("llama-*") if p.is_dir()] == [outcome.file]
 
 
 def test_vllm_has_fused_units_and_transformers_has_not(
@@ -220,7 +220,7 @@ def test_the_range_is_reached_and_not_beyond(asking: Asking, tmp_path: Path) -> 
     with pytest.raises(BudgetError, match=f"{low:,} bytes"):
         auto_hf.run(replace(asked, size=str(low - 1)))
     outcome = auto_hf.run(replace(asked, size=str(low)))
-    assert weights_bytes(outcome.folder) == low
+    assert weights_bytes(outcome.file) == low
 
 
 def test_what_no_folder_holds_is_refused_first(asking: Asking, tmp_path: Path) -> None:
@@ -321,10 +321,10 @@ def test_a_model_in_float16_is_run_in_float32_and_stored_in_float16(
     asked = replace(asking(tmp_path / "out"), path=half)
     outcome = auto_hf.run(replace(asked, size=str(size_of(asked, "int4-g32") + 2000)))
     _, plan, quantized, found, _ = loaded(tmp_path / "out")
-    assert quantized.bytes == weights_bytes(outcome.folder)
+    assert quantized.bytes == weights_bytes(outcome.file)
     if found.shipped == "plan":
         assert plan.bytes == quantized.bytes
-    scales = [e for f in outcome.folder.glob("*.safetensors") for e in safetensors_file.read(f)]
+    scales = [e for f in outcome.file.glob("*.safetensors") for e in safetensors_file.read(f)]
     assert {e.dtype for e in scales if e.name.endswith("_scale")} == {"F16"}
 
 
@@ -336,7 +336,7 @@ def test_quanto_mixes_its_types_also_in_float16(asking: Asking, tmp_path: Path) 
     asked = replace(asking(tmp_path / "out", method="rtn", formats=formats), path=half)
     outcome = auto_hf.run(replace(asked, size=str(size_of(asked, "qint4") + 3000)))
     _, plan, quantized, found, _ = loaded(tmp_path / "out")
-    assert quantized.bytes == weights_bytes(outcome.folder) <= plan.budget.bytes
+    assert quantized.bytes == weights_bytes(outcome.file) <= plan.budget.bytes
     assert quantized.engine == "transformers"
     assert found.kl(found.shipped) == min(found.kl(c.name) for c in found.candidates)
 
@@ -351,13 +351,13 @@ def test_a_gguf_file_goes_through_a_folder(tiny_gguf: Path, text: str, tmp_path:
         threads=1, device="cpu", engine="vllm",
     )  # fmt: skip
     out = tmp_path / "out"
-    asked = Request(tiny_gguf, out, quantizers.parse("gptq"), setting, bpw=7.0)
+    asked = Request(tiny_gguf, out, setting, method=quantizers.parse("gptq"), bpw=7.0)
     outcome = auto_hf.run(asked)
     _, plan, quantized, found, _ = loaded(out)
     assert (out / "tiny-hf" / "config.json").exists()
-    assert outcome.folder.name.startswith("tiny-hf-")
+    assert outcome.file.name.startswith("tiny-hf-")
     assert found.shipped == "plan"
-    assert plan.bytes == quantized.bytes == weights_bytes(outcome.folder)
+    assert plan.bytes == quantized.bytes == weights_bytes(outcome.file)
     assert plan.bytes <= math.floor(7.0 * plan.model.weights / 8)
     before = (out / "tiny-hf" / "model.safetensors").stat().st_mtime_ns
     again = auto_hf.run(asked)
@@ -376,7 +376,9 @@ def test_a_super_weight_is_protected(shared: Path, stories_text: str, tmp_path: 
         imatrix_windows=4, threads=1, device="cpu", engine="vllm",
     )  # fmt: skip
     formats = "int8-g128,int4-g128,int2-g128"
-    plain = Request(planted, tmp_path / "plain", quantizers.parse("rtn"), setting, formats=formats)
+    plain = Request(
+        planted, tmp_path / "plain", setting, method=quantizers.parse("rtn"), formats=formats
+    )
     plain = replace(plain, size=str(size_of(plain, "int4-g128") + 40_000))
     careful = replace(plain, out=tmp_path / "careful", protect=True)
     auto_hf.run(plain)

@@ -75,7 +75,9 @@ def test_stage_by_stage(tiny_gguf: Path, story: Path, measured: Path) -> None:
     assert bitplan("plan", table, "--bpw", 6, "--keep", "blk.1.*=q8_0").returncode == 0
     done = bitplan("quantize", tiny_gguf, "--plan", measured / "plan.json", "--json")
     assert done.returncode == 0, done.stderr
-    made = json.loads(done.stdout)
+    document = json.loads(done.stdout)
+    made = document["quantized"]
+    assert document["quality"]["candidate"]["bytes"] == made["bytes"]
     file = measured / made["file"]
     assert (
         file.stat().st_size

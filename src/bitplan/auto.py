@@ -1,179 +1,123 @@
 """All of it: a model and a budget -> a folder with the quantized model, its artefacts and report.
 
 Checks first whether the work can succeed, then runs the stages; `contest` decides what is shipped.
+A folder of safetensors is `auto_hf`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from bitplan import (
-    collecting,
     contest,
     formats,
+    gguf_file,
     gguf_layout,
-    identity,
     measure,
     options,
     plan,
     preflight,
     presets,
     profile_rules,
+    quality_gguf,
     report,
     scorers,
     summary,
+    summary_quality,
     units,
 )
-from bitplan.artifacts import Budget, Evaluation
+from bitplan.artifacts import Budget, Sensitivity
 from bitplan.budget import human
 from bitplan.contest import Rivals
 from bitplan.errors import UnknownNameError
-from bitplan.gguf_file import Header, read
+from bitplan.formats import Format
+from bitplan.gguf_file import Header
 from bitplan.measure import Progress
-from bitplan.profile import Profile
+from bitplan.outcome import Outcome
+from bitplan.quality import Quality
+from bitplan.request import Request
 from bitplan.rules import Rules
 from bitplan.runtimes.llamacpp import LlamaModel
+from bitplan.setting import Setting
+from bitplan.subject import Subject
 from bitplan.superweights import search
 from bitplan.text import label
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for; the names and defaults are those of `bitplan auto`."""
-
-    model: Path
-    size: str | None = None
-    bpw: float | None = None
-    fit: str | None = None
-    fit_ctx: int = 4096
-    max_kl: float | None = None
-    text: list[str] | None = None
-    eval_text: list[str] | None = None
-    ctx: int = 512
-    windows: int = 8
-    eval_windows: int = 24
-    imatrix_windows: int = 32
-    scorer: str = "kl"
-    formats: str = "default"
-    group: str = "tensor"
-    probes: str = ""
-    full: bool = False
-    keep: list[str] | None = None
-    floor: list[str] | None = None
-    imatrix: Path | None = None
-    no_imatrix: bool = False
-    presets: str = "near"
-    speed: bool = True
-    gpu_layers: int = 0
-    seed: int = 0
-    threads: int = 0
-    out: Path | None = None
-    fresh: bool = False
-    allow_requantize: bool = False
-    profile: Profile | None = None
-    """Decides formats, scorer, group and probes, and gives the plan rules."""
-    protect: bool = False
-    """Give tensors that hold a super weight a floor."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What `auto` shipped, and the summary for people."""
-
-    evaluation: Evaluation
-    file: Path
-    summary: str
-
-
 def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
     """Everything that `bitplan auto` does. Raises what the stages raise, as early as possible."""
-    header = read(request.model)
+    if request.path.is_dir() or request.setting.runtime == "hf":
+        from bitplan import auto_hf  # needs torch
+
+        return auto_hf.run(request, progress)
+    header = gguf_file.read(request.path)
     if request.profile:
         request = replace(request, **profile_rules.settled(request, request.profile, gguf=True))
     wanted, settings = _settings(request)
     budget = _checked_budget(request, header, wanted)
-    out = options.folder(request.out, request.model)
-    skip = options.seen(request.text, request.eval_text, request.windows, request.imatrix_windows)
-    with LlamaModel(
-        request.model,
-        ctx=request.ctx,
-        threads=request.threads,
-        swap=True,
-        gpu_layers=request.gpu_layers,
-    ) as model:
-        calibration = options.cut(model, request.text, "calibration", request.windows)
-        held_out = options.cut(
-            model, request.eval_text, "evaluation", request.eval_windows, skip=skip
-        )
+    setting = request.setting
+    with Subject(request.path, request.out, setting, progress) as subject:
+        model = subject.model
+        assert isinstance(model, LlamaModel)
+        _ = subject.calibration, subject.held_out  # a text that is too short fails now
         preflight.dry_run(model, wanted)
-        facts, matrix = identity.model_facts(header), None
-        if not request.no_imatrix:
-            many = options.cut(model, request.text, "calibration", request.imatrix_windows)
-            matrix = collecting.collected(
-                model, facts, request.imatrix, many, out, fresh=request.fresh, progress=progress
-            )
         sensitivity = measure.run(
-            model,
-            calibration,
-            settings,
-            out,
-            facts=facts,
-            imatrix=matrix,
-            fresh=request.fresh,
-            progress=progress,
-        )
-        floors: dict[str, str] = {}
-        if request.protect:
-            floors = search.floors(model, facts, calibration, sensitivity.units, out, progress)
+            model, subject.calibration, settings, request.out, facts=subject.facts,
+            imatrix=subject.imatrix, fresh=setting.fresh, progress=progress,
+        )  # fmt: skip
+        floors = _of_super_weights(subject, sensitivity) if request.protect else {}
         first = plan.make(sensitivity, budget, _rules(request, header, wanted, floors))
         ring = contest.Ring(
-            model,
-            facts,
-            out,
-            matrix,
-            speed=request.speed,
-            allow_requantize=request.allow_requantize,
-            fresh=request.fresh,
-            progress=progress,
-        )
+            model, subject.facts, request.out, subject.imatrix, speed=request.speed,
+            allow_requantize=setting.allow_requantize, fresh=setting.fresh, progress=progress,
+        )  # fmt: skip
+        rivals = _rivals(request.presets)
         result = contest.run(
-            ring,
-            sensitivity,
-            first,
-            calibration,
-            held_out,
-            rivals=_rivals(request.presets),
+            ring, sensitivity, first, subject.calibration, subject.held_out, rivals=rivals
         )
-    return _told(result, report.write_from(out))
+        quality = quality_gguf.judged(
+            model, result.file, result.quantized, subject.held_out, subject.calibration, progress
+        )
+    return _told(result, quality, report.write_from(request.out))
 
 
-def _told(result: contest.Result, files: list[Path]) -> Outcome:
+def _of_super_weights(subject: Subject, table: Sensitivity) -> dict[str, str]:
+    windows = subject.calibration
+    return search.floors(
+        subject.model, subject.facts, windows, table.units, subject.out, subject.progress
+    )
+
+
+def _told(result: contest.Result, quality: Quality, files: list[Path]) -> Outcome:
     """The outcome, with what the terminal shows of it."""
     page = next(f for f in files if f.suffix == ".html")
     where = [
         f"{result.file}  {human(result.file.stat().st_size)}",
         f"{page}  open it in a browser",
     ]
-    text = [summary.of_plan(result.plan), summary.of_evaluation(result.evaluation)]
-    return Outcome(result.evaluation, result.file, "\n\n".join([*text, "\n".join(where)]))
+    parts = [
+        summary.of_plan(result.plan), summary.of_evaluation(result.evaluation),
+        summary_quality.of_quality(quality), "\n".join(where),
+    ]  # fmt: skip
+    return Outcome(result.evaluation, result.file, "\n\n".join(parts), quality)
 
 
-def _settings(request: Request) -> tuple[list[formats.Format], measure.Settings]:
+def _settings(request: Request) -> tuple[list[Format], measure.Settings]:
     scorers.get(request.scorer)
-    wanted = options.candidates(request.formats, not request.no_imatrix)
+    wanted = options.candidates(request.formats, not request.setting.no_imatrix)
     probes = formats.parse(request.probes) if request.probes else ()
     grouping = options.grouping(request.group)
     return wanted, measure.Settings(
-        wanted, request.scorer, grouping, probes, request.full, request.seed
+        wanted, request.scorer, grouping, probes, request.full, request.setting.seed
     )
 
 
 def _rules(
     request: Request,
     header: Header,
-    wanted: Sequence[formats.Format],
+    wanted: Sequence[Format],
     floors: Mapping[str, str] | None = None,
 ) -> Rules:
     """The profile's and the user's, which counts more; floors: of super weights."""
@@ -185,28 +129,28 @@ def _rules(
     return given.and_also(floors=floors).and_also(own.pins, own.floors)
 
 
-def _checked_budget(request: Request, header: Header, wanted: list[formats.Format]) -> Budget:
+def _checked_budget(request: Request, header: Header, wanted: list[Format]) -> Budget:
     """The budget in bytes, once it is known that model, memory, disk and size allow the work."""
-    preflight.check_source(header, request.allow_requantize)
+    setting = request.setting
+    preflight.check_source(header, setting.allow_requantize)
     preflight.check_memory(header.path, header.size, preflight.SMALLER_REFERENCE)
     obeyed = _rules(request, header, wanted)
     _rivals(request.presets)
     budget = options.chosen_budget(
-        request.size,
-        request.bpw,
-        request.fit,
-        request.max_kl,
-        weights=header.weights,
-        ctx=request.fit_ctx,
-        model=request.model,
-    )
-    dataset = None if request.no_imatrix else label(request.text, "calibration")
-    keys = gguf_layout.added_keys(dataset, 0, 0)  # an estimate where --imatrix names a file
+        request.size, request.bpw, request.fit, request.max_kl,
+        weights=header.weights, ctx=request.fit_ctx, model=request.path,
+    )  # fmt: skip
+    keys = expected_keys(setting)
     low, high = preflight.reachable(header, wanted, keys, options.grouping(request.group), obeyed)
     preflight.check_budget(budget, low, high)
-    out = options.folder(request.out, request.model)
-    preflight.check_disk(out, 2 * (budget.bytes or high))
+    preflight.check_disk(request.out, 2 * (budget.bytes or high))
     return budget
+
+
+def expected_keys(setting: Setting) -> gguf_layout.Keys:
+    """The metadata that a written file will gain; an estimate where --imatrix names a file."""
+    dataset = None if setting.no_imatrix else label(setting.text, "calibration")
+    return gguf_layout.added_keys(dataset, 0, 0)
 
 
 def _rivals(text: str) -> Rivals:

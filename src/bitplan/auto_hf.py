@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from bitplan import (
@@ -33,13 +32,14 @@ from bitplan import (
     units,
 )
 from bitplan.artifacts import Evaluation, Plan, Quantized, Sensitivity
-from bitplan.auto_hf_request import Request
 from bitplan.budget import human
 from bitplan.errors import WriteError
 from bitplan.evaluate import Contender
 from bitplan.formats import Format
 from bitplan.measured import Work
+from bitplan.outcome import Outcome
 from bitplan.quality import Quality
+from bitplan.request import Request
 from bitplan.rules import Rules
 from bitplan.runtimes.hf import HfModel
 from bitplan.sources.hf import HfSource
@@ -48,16 +48,6 @@ from bitplan.superweights import search
 from bitplan.writers import experts
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was shipped, and the summary for people."""
-
-    evaluation: Evaluation
-    quality: Quality
-    folder: Path
-    summary: str
 
 
 def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
@@ -132,7 +122,7 @@ def _told(
         summary.of_plan(chosen), summary.of_evaluation(found), summary_quality.of_quality(quality),
         "\n".join(where),
     ]  # fmt: skip
-    return Outcome(found, quality, folder, "\n\n".join(parts))
+    return Outcome(found, folder, "\n\n".join(parts), quality)
 
 
 def _rules(request: Request, subject: Subject, table: Sensitivity) -> Rules:

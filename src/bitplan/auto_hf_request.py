@@ -7,7 +7,7 @@ in bytes out. Reads headers; a GGUF file becomes a folder here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from bitplan import (
@@ -24,43 +24,18 @@ from bitplan import (
 from bitplan.artifacts import Budget
 from bitplan.errors import RuntimeFailure, UsageError
 from bitplan.formats import Format
-from bitplan.profile import Profile
-from bitplan.quantizers import Method
+from bitplan.request import Request
 from bitplan.rules import Rules
 from bitplan.runtimes.hf import devices, opening
 from bitplan.setting import Setting
 from bitplan.sources import Source
 from bitplan.sources.hf import HfSource
+from bitplan.units import Grouping
 from bitplan.writers import converted
 
 PROBES = ("int4-g64", "int2-g64")
 """Measured for each unit unless told otherwise, one for each width: a format of four bits says
 little of one of two, where layers break down."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for; the names and defaults are those of `bitplan auto`."""
-
-    path: Path
-    out: Path
-    method: Method
-    setting: Setting
-    size: str | None = None
-    bpw: float | None = None
-    max_kl: float | None = None
-    scorer: str = "kl"
-    formats: str = "default"
-    group: str = "tensor"
-    probes: str = ""
-    full: bool = False
-    keep: list[str] | None = None
-    floor: list[str] | None = None
-    protect: bool = False
-    """Give tensors that hold a super weight a floor."""
-    odd_bits: bool = False
-    profile: Profile | None = None
-    """Decides formats, scorer, group and probes, and gives the plan rules."""
 
 
 def settled(request: Request) -> Request:
@@ -153,14 +128,23 @@ def checked_budget(request: Request, source: HfSource, wanted: Sequence[Format])
         request.size, request.bpw, None, request.max_kl, weights=source.facts.weights,
         ctx=request.setting.ctx, model=request.path,
     )  # fmt: skip
-    own, given = source.units(), obeyed(request, source, wanted)
-    rest = source.size(units.everywhere(own, wanted[-1].name), ())[0]
-    rest -= sum(u.nbytes(wanted[-1]) for u in own)
-    rows = [(u, [*units.candidates(u, wanted), u.tensors[0].fmt]) for u in own]
-    sizes = [[u.nbytes(f) for f in rules.allowed(u, row, given)] for u, row in rows]
-    low, high = rest + sum(map(min, sizes)), rest + sum(map(max, sizes))
+    given = obeyed(request, source, wanted)
+    low, high = reachable(source, wanted, given, options.grouping(request.group))
     preflight.check_budget(budget, low, high)
     if not request.max_kl and budget.bytes >= source.nbytes:
         raise UsageError(f"{request.path}: fits {budget.text} as it is; choose a smaller budget.")
     preflight.check_disk(request.out, 3 * (budget.bytes or high))
     return budget
+
+
+def reachable(
+    source: Source, wanted: Sequence[Format], given: Rules, grouping: Grouping
+) -> tuple[int, int]:
+    """Smallest and largest folder that the candidates make, leaving as is included; shares of the
+    budget are not looked at."""
+    own = source.units(grouping)
+    rest = source.size(units.everywhere(own, wanted[-1].name), ())[0]
+    rest -= sum(u.nbytes(wanted[-1]) for u in own)
+    rows = [(u, [*units.candidates(u, wanted), u.tensors[0].fmt]) for u in own]
+    sizes = [[u.nbytes(f) for f in rules.allowed(u, row, given)] for u, row in rows]
+    return rest + sum(map(min, sizes)), rest + sum(map(max, sizes))

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from bitplan import console
+from bitplan import cli_dynamic, console
 from bitplan import options as o
 from bitplan import options_hf as h
 from bitplan.errors import UsageError
+from bitplan.request import Request
 from bitplan.setting import Setting
 
 
@@ -45,9 +46,8 @@ def auto(
     alpha: h.Alpha = "0.5",
     engine: h.EngineName = "vllm",
     odd_bits: h.OddBits = False,
-    protect_super_weights: Annotated[
-        bool, typer.Option(help="Folders: tensors that hold a super weight get 8 bits at least.")
-    ] = False,
+    profile: o.ProfileName = None,
+    protect_super_weights: o.ProtectSuper = False,
     runtime: o.RuntimeName = "auto",
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -71,43 +71,32 @@ def auto(
     `bitplan auto MODEL_DIR --bpw 4.25 --method gptq --engine vllm`
     """
     path = o.located(model)
-    if path.is_dir() or runtime == "hf":
-        if presets != "near" or imatrix or no_imatrix or gpu_layers:
-            raise UsageError(
-                "--presets, --imatrix, --no-imatrix and --gpu-layers are for .gguf files that"
-                " llama.cpp runs; leave them out for a folder."
-            )
-        if fit is not None:
-            raise UsageError("--fit asks llama.cpp about a .gguf file; give --size or --bpw.")
-        setting = Setting(
-            text=text, eval_text=eval_text or text, ctx=ctx, windows=windows,
-            eval_windows=eval_windows, imatrix_windows=imatrix_windows, seed=seed, threads=threads,
-            fresh=fresh, device=device, dtype=dtype, engine=h.engine(engine),
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        from bitplan import auto_hf
-        from bitplan.auto_hf_request import Request
-
-        wanted = Request(
-            path, o.folder(out, path), h.method(method, alpha), setting, size=size, bpw=bpw,
-            max_kl=max_kl, scorer=scorer, formats=formats, group=group, probes=probes, full=full,
-            keep=keep, floor=floor, protect=protect_super_weights, odd_bits=odd_bits,
-        )  # fmt: skip
-        with console.progress(quiet or as_json) as bars:
-            made = auto_hf.run(wanted, bars)
-        console.show(made.summary, made.evaluation.dumps(), as_json, quiet)
-        return
+    folder = path.is_dir() or runtime == "hf"
+    if folder and (presets != "near" or imatrix or no_imatrix or gpu_layers):
+        raise UsageError(
+            "--presets, --imatrix, --no-imatrix and --gpu-layers are for .gguf files that"
+            " llama.cpp runs; leave them out for a folder."
+        )
+    if folder and fit is not None:
+        raise UsageError("--fit asks llama.cpp about a .gguf file; give --size or --bpw.")
+    chosen = cli_dynamic.loaded(False, profile)
+    cli_dynamic.refuse_base(chosen)
+    setting = Setting(
+        text=text, eval_text=eval_text or text, ctx=ctx, windows=windows,
+        eval_windows=eval_windows, imatrix=imatrix, no_imatrix=no_imatrix,
+        imatrix_windows=imatrix_windows, gpu_layers=gpu_layers, seed=seed, threads=threads,
+        allow_requantize=allow_requantize, fresh=fresh, runtime=runtime, device=device,
+        dtype=dtype, engine=h.engine(engine) if folder else "",
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    request = Request(
+        path, o.folder(out, path), setting, size=size, bpw=bpw, fit=fit, fit_ctx=fit_ctx,
+        max_kl=max_kl, profile=chosen, scorer=scorer, formats=formats, group=group, probes=probes,
+        full=full, keep=keep, floor=floor, protect=protect_super_weights, presets=presets,
+        speed=speed, method=h.method(method, alpha), odd_bits=odd_bits,
+    )  # fmt: skip
     from bitplan import auto as whole
 
-    request = whole.Request(
-        model=path, size=size, bpw=bpw, fit=fit, fit_ctx=fit_ctx, max_kl=max_kl,
-        text=text, eval_text=eval_text or text, ctx=ctx, windows=windows,
-        eval_windows=eval_windows, imatrix_windows=imatrix_windows, scorer=scorer,
-        formats=formats, group=group, probes=probes, full=full, keep=keep,
-        floor=floor, imatrix=imatrix, no_imatrix=no_imatrix, presets=presets, speed=speed,
-        gpu_layers=gpu_layers, seed=seed, threads=threads, out=out, fresh=fresh,
-        allow_requantize=allow_requantize,
-    )  # fmt: skip
     with console.progress(quiet or as_json) as bars:
         result = whole.run(request, bars)
     console.show(result.summary, result.evaluation.dumps(), as_json, quiet)
@@ -128,7 +117,7 @@ def demo(
     from bitplan.studies import get
     from bitplan.subject import Subject
 
-    request = whole.Request(model=builtin.MODEL, bpw=bpw, out=out, threads=threads)
+    request = Request(builtin.MODEL, out, Setting(threads=threads), bpw=bpw)
     setting, kind = Setting(eval_windows=8, threads=threads), "placement"
     with (
         console.progress(quiet or as_json) as bars,

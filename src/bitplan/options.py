@@ -118,6 +118,14 @@ Floor = Annotated[
     list[str] | None,
     typer.Option(help="At least: PATTERN=FORMAT, e.g. 'attn_v=q4_k'; repeatable."),
 ]
+ProfileName = Annotated[
+    str | None,
+    typer.Option("--profile", help="How bits are spent: a name of `bitplan profiles`, or a file."),
+]
+ProtectSuper = Annotated[
+    bool,
+    typer.Option("--protect-super-weights", help="Tensors that hold a super weight get a floor."),
+]
 Requantize = Annotated[
     bool, typer.Option("--allow-requantize", help="Accept a model that is quantized already.")
 ]

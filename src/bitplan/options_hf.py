@@ -14,6 +14,15 @@ from bitplan.quantizers import METHODS, Method
 MethodName = Annotated[
     str, typer.Option("--method", help=f"Folders: how numbers are chosen: {', '.join(METHODS)}.")
 ]
+MaybeMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help=f"Folders: how numbers are chosen: {', '.join(METHODS)}. [default: rtn; with"
+        " --dynamic gptq]",
+        show_default=False,
+    ),
+]
 Looking = Annotated[
     str,
     typer.Option(
