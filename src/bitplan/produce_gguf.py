@@ -187,7 +187,7 @@ def _forecast(work: _Work) -> Forecast:
     place = measured.place(subject.model, subject.out, subject.facts.sha256, matrix)
     (found,) = forecast.run(
         subject.model, {work.name: forecast.Wanted(work.types, size)},
-        subject.calibration.tokens, work.importance, place, progress=subject.progress,
+        subject.held_out.tokens, work.importance, place, progress=subject.progress,
     )  # fmt: skip
     for line in (*found.warnings, *found.notes):
         wanted.warn(line)
