@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import runpy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import ternarised
 from bitplan import floats, formats, gguf_file, presets, ternary, units
 from bitplan.errors import UsageError
 from bitplan.runtimes import ggml
@@ -21,6 +22,10 @@ from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.writers import gguf as writer
 
 Blocks = npt.NDArray[np.float32]
+
+ternarised: Callable[..., Path] = runpy.run_path(
+    str(Path(__file__).parents[1] / "tools" / "ternarise.py")
+)["write"]
 
 
 def signs(seed: int, rows: int = 3) -> Blocks:
@@ -73,7 +78,7 @@ def test_float32_weights_may_differ_as_float16_does() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ternarised.write(tiny_gguf, tmp_path_factory.mktemp("ternary") / "ternary.gguf")
+    return ternarised(tiny_gguf, tmp_path_factory.mktemp("ternary") / "ternary.gguf")
 
 
 @functools.cache
@@ -85,7 +90,7 @@ def planned(path: Path, name: str) -> dict[str, str]:
 def test_a_model_that_was_trained_so_is_not_refused(
     tiny_gguf: Path, tmp_path: Path, dtype: type
 ) -> None:
-    path = ternarised.write(tiny_gguf, tmp_path / "m.gguf", dtype)
+    path = ternarised(tiny_gguf, tmp_path / "m.gguf", dtype)
     header, types = gguf_file.read(path), planned(path, "tq2_0")
     tensor = next(t for t in header.tensors if t.name == "blk.1.ffn_down.weight")
     found = ternary.look(tensor)
@@ -104,7 +109,7 @@ def test_any_other_is_refused_with_figures(tiny_gguf: Path) -> None:
 
 
 def test_one_tensor_that_is_not_is_named(tiny_gguf: Path, tmp_path: Path) -> None:
-    path = ternarised.write(tiny_gguf, tmp_path / "m.gguf", inside=False)
+    path = ternarised(tiny_gguf, tmp_path / "m.gguf", inside=False)
     header, types = gguf_file.read(path), planned(path, "tq2_0")
     with pytest.raises(UsageError, match=r"in blk\.0\.ffn_up\.weight .*\(1 of 14 tensors"):
         ternary.refuse(header, types, forced=False)

@@ -126,7 +126,7 @@ def _told(
     name: str, wanted: Wanted, tokens: Tokens, own: Tokens, weights: int, heard: Coherence | None
 ) -> Forecast:
     kl, kl_error = metrics.mean(tokens.kl)
-    ratio = None if tokens.by_example else _ratio(tokens, own)
+    ratio = None if tokens.by_example else perplexity_ratio(tokens, own)
     found = Forecast(
         name=name, bytes=wanted.bytes, bpw=8 * wanted.bytes / weights, kl=kl, kl_stderr=kl_error,
         perplexity_ratio=ratio[0] if ratio else None,
@@ -143,7 +143,7 @@ def _told(
     return found
 
 
-def _ratio(tokens: Tokens, own: Tokens) -> tuple[float, float]:
+def perplexity_ratio(tokens: Tokens, own: Tokens) -> tuple[float, float]:
     """Perplexity over the reference's on the same tokens, and its paired error (delta method)."""
     gap, error = metrics.mean(tokens.nll - own.nll)
     return math.exp(gap), math.exp(gap) * error

@@ -1,7 +1,14 @@
-"""A GGUF model as if it had been trained ternary: BitNet b1.58's rounding of another's weights."""
+"""A GGUF model as if it had been trained ternary: BitNet b1.58's rounding of another's weights.
+
+    python tools/ternarise.py MODEL.gguf OUT.gguf
+
+Every matrix of the blocks becomes -d, 0 and +d. What it says is nonsense then, but TQ1_0 and TQ2_0
+can be tried on it: `tests/test_ternary.py`, `benchmarks/formats.py`.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from bitplan import floats, gguf_file, units
-
-BLOCK = 256
 
 
 def absmean(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -51,3 +56,7 @@ def write(source: Path, out: Path, dtype: type = np.float16, inside: bool = True
 def _copy(writer: gguf.GGUFWriter, key: str, field: Any) -> None:
     kind, *inner = field.types
     writer.add_key_value(key, field.contents(), kind, inner[0] if inner else None)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), Path(sys.argv[2]))
