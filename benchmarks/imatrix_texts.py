@@ -41,7 +41,7 @@ from bitplan.reporting.wording import percent, ranges, with_error, with_signed
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.text import Windows
 
-CTX, SEEN, HELD_OUT = 512, 2, 8
+CTX, SEEN, HELD_OUT = 512, 1, 8
 """Tokens of a window; windows of each text for the sensitivity, and for the figures."""
 AGAIN = "code, next windows"
 
@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--bits", type=float, action="append")
     parser.add_argument("--windows", type=int, default=32, help="for each matrix")
-    parser.add_argument("--formats", default="iq2_xxs,q2_k,iq3_xxs,q3_k,q4_k,q5_k,q6_k")
+    parser.add_argument("--formats", default="iq1_s,iq2_xxs,q2_k,iq3_xxs,q3_k,q4_k,q5_k,q6_k")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="keep what is measured there")
     return parser.parse_args()
@@ -85,7 +85,8 @@ def main() -> None:
             f"*llama-cpp-python {model.engine}, {platform.machine()}, {args.threads} threads;"
             f" {model.facts.name} ({model.facts.weights:,} weights). Matrices of {args.windows}"
             f" windows of {CTX} tokens each: `builtin` (code), WikiText-2's test part"
-            " (encyclopedia), TinyStories' validation part (stories).*\n"
+            " (encyclopedia), TinyStories' validation part (stories). Formats:"
+            f" {args.formats.replace(',', ', ')}.*\n"
         )
     show(imatrix_compare.run(three, halves=halves), plans)
 

@@ -137,6 +137,12 @@ def test_what_halves_of_a_text_do_too_is_chance() -> None:
     told = summary_imatrix.of(found)
     assert "1 of 2 inputs depend on the text: ffn_down of layer 0;" in told.replace("\n", " ")
     assert max(map(len, told.splitlines())) <= 80
+    other = {
+        "a": texts["a"],
+        "b": matrix({Q: noisy(moved[1], 200, 50), DOWN: noisy(same, 200, 51)}),
+    }
+    every = summary_imatrix.of(imatrix_compare.run(other, halves=halves))
+    assert "All 2 inputs depend on the text: texts differ by" in every.replace("\n", " ")
     calm = imatrix_compare.run({"a": texts["a"], "b": texts["a"]}, halves=halves)
     assert "No input depends on the text" in summary_imatrix.of(calm)
 

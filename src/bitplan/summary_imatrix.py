@@ -60,10 +60,15 @@ def _on_text(found: ImatrixComparison) -> str:
         )
     most = [1 - i.worst.rank for i in moved]
     rest = len(found.inputs) - len(moved)
+    gaps = (
+        f"texts differ by {sig(min(most), 2)} to {sig(max(most), 2)} there (1 - rank correlation),"
+        f" where {chance}."
+    )
+    if not rest:
+        return f"All {len(moved)} inputs depend on the text: {gaps}"
     return (
-        f"{len(moved)} of {len(found.inputs)} inputs depend on the text: {places(moved)}; texts"
-        f" differ by {sig(min(most), 2)} to {sig(max(most), 2)} there (1 - rank correlation), where"
-        f" {chance}." + (f" The other {rest} do not, by more than chance explains." if rest else "")
+        f"{len(moved)} of {len(found.inputs)} inputs depend on the text: {places(moved)}; {gaps}"
+        f" The other {rest} do not, by more than chance explains."
     )
 
 
