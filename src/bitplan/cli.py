@@ -14,6 +14,7 @@ from bitplan import (
     cli_inspect,
     cli_profiles,
     cli_quantize,
+    cli_status,
     cli_study,
     cli_super,
     console,
@@ -39,6 +40,7 @@ app.command("demo")(cli_auto.demo)
 app.command("quantize")(cli_quantize.quantize)
 app.command("profiles")(cli_profiles.profiles)
 app.command("inspect")(cli_inspect.inspect)
+app.command("status")(cli_status.status)
 app.command("super-weights")(cli_super.super_weights)
 app.add_typer(cli_imatrix.app, name="imatrix")
 app.add_typer(cli_study.app, name="study")

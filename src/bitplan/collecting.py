@@ -175,7 +175,7 @@ def _add_up(
             sums.add_squares(name, squares, part.counts[name])
         done, now = min(begin + step, len(tokens)), time.monotonic()
         if done < len(tokens) and now - saved >= _SAVING * cost:
-            _save(_sums(order.file), key, sums, done)
+            _save(_sums(order.file), key, sums, done, len(tokens))
             saved = time.monotonic()
             cost = saved - now
         progress("imatrix", done, len(tokens))
@@ -192,10 +192,11 @@ def _part(model: Runtime, order: Order, begin: int, step: int) -> Captured:
     return model.weighted_moments(rows[0], targets, int(drawn))
 
 
-def _save(path: Path, key: Key, sums: Captured, done: int) -> None:
+def _save(path: Path, key: Key, sums: Captured, done: int, total: int) -> None:
     """All sums, whole or not at all; names of tensors are data, no names in the archive."""
     names = list(sums.squares)
-    arrays = {"about": np.array(json.dumps({"work": key, "done": done, "names": names}))}
+    about = {"work": key, "done": done, "total": total, "names": names}
+    arrays = {"about": np.array(json.dumps(about))}
     for i, name in enumerate(names):
         arrays[f"squares{i}"], arrays[f"counts{i}"] = sums.squares[name], sums.counts[name]
     raw = io.BytesIO()

@@ -72,6 +72,15 @@ class Journal:
         self._file.close()
 
 
+def peek(path: Path) -> list[dict[str, Any]]:
+    """The intact lines of a journal that another process may be writing, its key first. Raises
+    ArtifactError where it cannot be read."""
+    try:
+        return list(_intact(path))
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
 def _intact(path: Path) -> Iterator[dict[str, Any]]:
     """The lines up to the first that is not complete JSON."""
     if not path.is_file():
@@ -82,7 +91,7 @@ def _intact(path: Path) -> Iterator[dict[str, Any]]:
                 return
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return
             if not isinstance(record, dict):
                 return
@@ -96,7 +105,7 @@ def _truncate_to_intact(path: Path) -> None:
             try:
                 if not line.endswith(b"\n") or not isinstance(json.loads(line), dict):
                     break
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             good += len(line)
     os.truncate(path, good)

@@ -7,9 +7,11 @@ next one starts; a run that was killed goes on there and ends in the same bytes.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -192,11 +194,13 @@ def _collect(name: str, job: Job, journal: Journal, progress: Progress) -> Cells
     known = [
         Reading(**{k: v for k, v in line.items() if k != "scorer"})
         for line in journal.known
-        if line["scorer"] == plain
+        if line.get("scorer") == plain
     ]
     readings = {r.key: r for r in known}
-    parts = -(-len(job.windows) // job.model.parallel) if plain == "kl" else 1
-    total = len(job.units) if scorer.LAYERWISE else len(job.cells) * parts
+    share = _share(plain, job)
+    total = sum(count for _, _, count in share["units"])
+    if share not in journal.known:
+        journal.add(share)
     job = dataclasses.replace(job, done=frozenset(readings))
     progress(plain, len(readings), total)
     if len(readings) < total:
@@ -210,6 +214,18 @@ def _collect(name: str, job: Job, journal: Journal, progress: Progress) -> Cells
         mean = cells.get(cell, Mean())
         cells[cell] = mean.add(reading.n, reading.total, reading.squares)
     return cells
+
+
+def _share(name: str, job: Job) -> dict[str, Any]:
+    """A journal's line that says what one scorer is to read: each unit, its layer, how many times.
+
+    Nobody needs it to go on; `bitplan status` counts with it.
+    """
+    scorer, _ = scorers.get(name)
+    each = 1 if scorer.LAYERWISE else scorers.parts(scorer, job)
+    cells = Counter(u.name for u, _ in job.cells)
+    counts = [(u, 1 if scorer.LAYERWISE else each * cells[u.name]) for u in job.units]
+    return {"work": name, "units": [[u.name, u.layer, n] for u, n in counts]}
 
 
 def _is_probe(cell: tuple[Unit, Format], settings: Settings, rows: Rows) -> bool:

@@ -1,8 +1,9 @@
 """Measures variants and keeps every one on disk before the next: token-level figures, by content.
 
-Reads a loaded model, writes OUT/measured/HASH.npz. A file's name is the hash of all that decides
-its figures (weights, windows, formats, importance matrix, engine, threads), so runs that were
-killed go on, studies share what they have in common, and nothing stale is ever used.
+Reads a loaded model, writes OUT/measured/HASH.npz, and OUT/measured.json, which tells `bitplan
+status` what the latest run is to measure. A file's name is the hash of all that decides its figures
+(weights, windows, formats, importance matrix, engine, threads), so runs that were killed go on,
+studies share what they have in common, and nothing stale is ever used.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy.typing as npt
 
 from bitplan import formats, paired
 from bitplan.errors import ArtifactError
-from bitplan.files import write_bytes
+from bitplan.files import write_bytes, write_text
 from bitplan.formats import Format
 from bitplan.metrics import Tokens
 from bitplan.runtimes import Runtime
@@ -104,6 +105,7 @@ def run(
     distinct = {place.path(w, windows[:0]): w for w in works}.values()
     done, total = 0, len(distinct) * len(windows)
     parts: dict[str, list[Tokens]] = {w.name: [] for w in works}
+    _announce(model, list(distinct), windows, place)
     try:
         for chunk in paired.chunks(model, windows):
             todo = [w for w in distinct if not place.path(w, chunk).exists()]
@@ -124,6 +126,14 @@ def run(
     finally:
         model.hold({}, importance)
     return {name: paired.joined(found) for name, found in parts.items()}
+
+
+def _announce(model: Runtime, works: Sequence[Work], windows: Chunk, place: Place) -> None:
+    """Name the files that are to be there in the end, variant by variant, if any is missing."""
+    chunks = list(paired.chunks(model, windows))
+    if any(not place.path(w, c).exists() for w in works for c in chunks):
+        names = {w.name: [place.path(w, c).stem for c in chunks] for w in works}
+        write_text(place.folder.with_suffix(".json"), json.dumps({"variants": names}) + "\n")
 
 
 def is_done(model: Runtime, work: Work, windows: Chunk, place: Place) -> bool:

@@ -170,6 +170,7 @@ def _compressed(order: Order, facts: ModelFacts, progress: Progress) -> tuple[Or
         compressed_tensors.check(layout, shards, order.types, odd_bits=order.odd_bits)
         windows, origin = _watched(model, order, facts)
         kept = blocks.Blocks(order.stages, origin.model_dump(), shards, wanted)
+        kept.announce(layout.count + 2)
         needed = compressed_tensors.predicted(shards, wanted)
         finished = kept.has(layout.count) and order.out.is_dir() and any(order.out.iterdir())
         if not finished:  # by a run that was killed after it

@@ -8,14 +8,15 @@ A scorer module has
     def score(job: Job) -> Iterator[Reading]
 
 and yields a reading as soon as it is known, so that measuring can be stopped, resumed and shown as
-it goes. Readings in `job.done` are known already and must be skipped.
+it goes. Readings in `job.done` are known already and must be skipped. A scorer whose cells are made
+of several readings also says of how many: `parts(job: Job) -> int`.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -74,6 +75,12 @@ class Scorer(Protocol):
     LAYERWISE: bool
 
     def score(self, job: Job) -> Iterator[Reading]: ...
+
+
+def parts(scorer: Scorer, job: Job) -> int:
+    """Readings that make a cell: what the scorer says, else one."""
+    told: Callable[[Job], int] = getattr(scorer, "parts", lambda _: 1)
+    return told(job)
 
 
 def names() -> list[str]:

@@ -10,7 +10,9 @@ and mostly noise; `fisher` does not have that weakness.
 
 Each window takes one backward pass. All gradients are added up before the absolute value is taken,
 so a cell is one reading without a standard error. Kept in memory are 8 bytes of each sampled weight
-(`bitplan.sampled`), within `sampled.MOST_BYTES`; rounding comes after, one unit at a time.
+(`bitplan.sampled`), within `sampled.MOST_BYTES`; rounding comes after, one unit at a time. A run
+that was killed before that begins with the first window again: the sums, half a gigabyte of them
+where rows are sampled, are not written after each. `fisher` goes on window by window.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def score(job: Job) -> Iterator[Reading]:
     cells = [(u, f) for u, f in job.cells if (u.name, f.name, 0) not in job.done]
     if not cells:
         return
-    samples = sampled.choose(job, list({u.name: u for u, _ in cells}.values()), copies=2)
+    # chosen for all cells, so that a run that goes on looks at the same rows
+    samples = sampled.choose(job, job.units, copies=2)
     total = _total(job, job.model, samples)
     scored = len(job.windows) * job.model.positions
     for unit, fmt in cells:

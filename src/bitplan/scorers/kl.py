@@ -17,6 +17,11 @@ DAMAGE_UNIT = "nats/token"
 LAYERWISE = False
 
 
+def parts(job: Job) -> int:
+    """How many readings make a cell: one for each group of windows that run together."""
+    return -(-len(job.windows) // job.model.parallel)
+
+
 def score(job: Job) -> Iterator[Reading]:
     step = job.model.parallel
     for part, begin in enumerate(range(0, len(job.windows), step)):

@@ -55,6 +55,10 @@ class Blocks:
             )
         files.write_text(path, told)
 
+    def announce(self, stages: int) -> None:
+        """How many there are to be in the end: for `bitplan status`."""
+        files.write_text(self._folder / "total.json", json.dumps({"stages": stages}) + "\n")
+
     @cached_property
     def _names(self) -> dict[str, str]:
         """Tensor of the model, stored as it is -> its name in the files."""
