@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Rows = npt.NDArray[np.int32]
 
 MIX = "mix"
-SMALL = ("iq1_m", "iq1_s")
-"""Candidates beside the usual ones: whoever asks for two bits or fewer may need them."""
+CANDIDATES = "default,iq1_m,iq1_s"
+"""Of GGUF files, with an importance matrix: whoever asks for two bits may need the smallest."""
 
 
 class Recommendation(Record):
@@ -47,14 +47,20 @@ class Recommendation(Record):
 
 
 def run(
-    subject: Subject, costly: Forecast, wanted: Wanted, windows: Rows, place: Place
+    subject: Subject,
+    costly: Forecast,
+    wanted: Wanted,
+    windows: Rows,
+    place: Place,
+    candidates: str = "",
 ) -> Recommendation:
     """A mix of no more bytes than `wanted`, which costs what the forecast says.
 
-    windows, place: those of the forecast. Raises what measuring raises.
+    windows, place: those of the forecast. candidates: formats of the mix, the usual ones unless
+    given. Raises what measuring raises.
     """
     name, model = costly.name, subject.model
-    chosen = planned(subject, wanted.bytes)
+    chosen = planned(subject, wanted.bytes, candidates)
     if chosen is None:
         text = f"No mix of formats is as small as {name} ({wanted.bytes:,} bytes)."
         return Recommendation(instead_of=name, text=text)
@@ -68,11 +74,12 @@ def run(
     return told(costly, found, gap, f"{subject.path} --dynamic --size {wanted.bytes}")
 
 
-def planned(subject: Subject, nbytes: int) -> Plan | None:
+def planned(subject: Subject, nbytes: int, candidates: str = "") -> Plan | None:
     """The plan for so many bytes, refined; None where nothing is that small."""
-    matrix, gguf = subject.imatrix, subject.has_presets
-    small = ",".join(["default", *(SMALL if gguf and matrix else ())])
-    settings = measure.Settings(options.candidates(small, matrix is not None, gguf))
+    gguf = subject.has_presets
+    matrix = subject.imatrix if gguf else None
+    names = candidates or (CANDIDATES if matrix else "default")
+    settings = measure.Settings(options.candidates(names, matrix is not None, gguf))
     out = subject.out / "mix"
     table = measure.run(
         subject.model, subject.calibration, settings, out,
