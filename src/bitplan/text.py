@@ -91,10 +91,11 @@ def _archive() -> str:
     """WikiText-2 in the hub's cache, which never changes; fetched where it is not there."""
     from huggingface_hub import hf_hub_download
 
+    repository, file = WIKITEXT_ARCHIVE
     try:
-        return hf_hub_download(*WIKITEXT_ARCHIVE, repo_type="dataset", local_files_only=True)
+        return str(hf_hub_download(repository, file, repo_type="dataset", local_files_only=True))
     except (OSError, ValueError):
-        return hf_hub_download(*WIKITEXT_ARCHIVE, repo_type="dataset")
+        return str(hf_hub_download(repository, file, repo_type="dataset"))
 
 
 def is_parted(source: str) -> bool:
