@@ -55,8 +55,12 @@ def test_sizes_are_those_of_files_and_what_cannot_be_is_left_out(
         assert found["q4_k"].types["token_embd.weight"] == "q4_k"
         for one in found.values():
             assert one.bytes == subject.source.size(one.types, ())[0]
+        monkeypatch.setattr(Subject, "base", lambda *_: found["q4_k"].types)
+        _, left_out = what_if.assignments(subject, "q4_k,q5_k")
+        assert left_out == {"q5_k": "q5_k gives this model what q4_k does."}
+        monkeypatch.undo()
         with pytest.raises(ImatrixError, match="iq2_s cannot be written without"):
-            what_if.assignments(subject, "default,iq2_s")
+            what_if.assignments(subject, "q4_k,iq2_s")
         with pytest.raises(UnknownNameError, match="did you mean 'q4_k'"):
             what_if.assignments(subject, "q4_kk")
         with pytest.raises(UsageError, match="names nothing"):
@@ -118,7 +122,7 @@ def test_a_mix_is_recommended_beyond_the_error_only() -> None:
     better = recommend.told(costly, mix, (-0.474, 0.02), "m.gguf --dynamic --size 1000")
     assert better.better
     assert better.command == "bitplan quantize m.gguf --dynamic --size 1000"
-    assert "costs 12.0 ± 1.0 % of perplexity instead of 80.0 ± 1.0 %" in better.text
+    assert "costs 12.0 ± 1.0 % of perplexity, not 80.0 ± 1.0 %" in better.text
     assert "differs by -37.7 ± 1.2 %, paired" in better.text
     for gap, words in (((-0.03, 0.02), "within the error"), ((0.2, 0.02), "loses more")):
         other = recommend.told(costly, mix, gap, "m.gguf")

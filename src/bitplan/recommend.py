@@ -7,6 +7,7 @@ measured beside the format on the same windows, so that what it wins has its err
 from __future__ import annotations
 
 import math
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +72,9 @@ def run(
     works = [Work(name, wanted.types), Work(MIX, chosen.tensors)]
     both = measured.run(model, works, windows, importance, place)
     gap = metrics.mean(both[MIX].nll - both[name].nll)
-    return told(costly, found, gap, f"{subject.path} --dynamic --size {wanted.bytes}")
+    return told(
+        costly, found, gap, f"{shlex.quote(str(subject.path))} --dynamic --size {wanted.bytes}"
+    )
 
 
 def planned(subject: Subject, nbytes: int, candidates: str = "") -> Plan | None:
@@ -105,7 +108,7 @@ def told(costly: Forecast, mix: Forecast, gap: tuple[float, float], what: str) -
     if shown and difference < 0 and mix.speaks is not False:
         known["command"] = f"bitplan quantize {what}"
         text = (
-            f"A dynamic mix of the same bytes costs {mix.perplexity} instead of"
+            f"Instead of {name}: a dynamic mix of the same bytes costs {mix.perplexity}, not"
             f" {costly.perplexity} ({times}): {known['command']}"
         )
     elif shown and difference < 0:

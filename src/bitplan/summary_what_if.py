@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bitplan.budget import human
 from bitplan.forecast import Forecast
-from bitplan.reporting.wording import plain, sig, with_signed
+from bitplan.reporting.wording import sig, with_signed
 from bitplan.summary import columns, fit, wrap
 from bitplan.what_if import WhatIf
 
@@ -18,10 +18,13 @@ def of_what_if(found: WhatIf) -> str:
     known = any(f.perplexity_ratio is not None for f in found.forecasts)
     unit = "nats/token" if known else "nats/example"
     head = ("format", "size", "bits", "perplexity, %" if known else "", f"KL, {unit}", "speaks")
+    cut = f"{text.windows} {'windows of' if known else 'examples of up to'} {text.ctx} tokens"
+    about = (
+        f"{model.name}: {human(model.bytes)}, {8 * model.bytes / model.weights:.2f} bits per"
+        f" weight. What formats would cost it on {text.source}, {cut}, weights rounded in memory:"
+    )
     lines = [
-        f"{plain(model.name)}: {human(model.bytes)}, {8 * model.bytes / model.weights:.2f} bits;"
-        f" what it would lose on {plain(text.source)},",
-        f"{text.windows} windows of {text.ctx} tokens, weights rounded in memory:",
+        *wrap(about),
         "",
         *columns([head, *(_row(f) for f in found.forecasts)], "lrrrrl"),
         *_paragraphs("WARNING: ", [w for f in found.forecasts for w in f.warnings]),

@@ -91,11 +91,17 @@ def assignments(subject: Subject, names: str) -> tuple[dict[str, Wanted], dict[s
     left_out: dict[str, str] = {}
     for name, named in expanded(names, subject.has_presets).items():
         try:
-            found[name] = assignment(subject, name)
+            one = assignment(subject, name)
         except ImatrixError as error:
             if named:
                 raise
             left_out[name] = str(error)
+            continue
+        alike = next((n for n, known in found.items() if known.types == one.types), None)
+        if alike is None:
+            found[name] = one
+        else:
+            left_out[name] = f"{name} gives this model what {alike} does."
     if not found:
         raise UsageError(f"--formats {names!r} names nothing that this model can have.")
     return found, left_out
