@@ -134,7 +134,8 @@ def test_a_mix_is_recommended_beyond_the_error_only() -> None:
 def test_a_mix_takes_no_more_bytes_and_is_measured_beside_the_format(
     tiny_gguf: Path, words: Path, tmp_path: Path
 ) -> None:
-    few = "q2_k,q4_k,q6_k"
+    few = str(tmp_path / "few.yaml")
+    Path(few).write_text("title: few\nabout: few\nformats: [q2_k, q4_k, q6_k]\n")
     with Subject(tiny_gguf, tmp_path, setting(words)) as subject:
         types = {t: f for t, f in subject.everywhere("tq2_0").items() if t.startswith("blk.")}
         asked = Wanted(types, subject.source.size(types, ())[0])  # the embedding stays F16
@@ -152,5 +153,5 @@ def test_a_mix_takes_no_more_bytes_and_is_measured_beside_the_format(
     assert found.mix.kl < costly.kl
     assert found.difference is not None
     assert found.stderr is not None
-    assert (tmp_path / "mix" / "sensitivity.json").exists()
+    assert list((tmp_path / "mix").rglob("sensitivity.json"))
     assert not (tmp_path / "sensitivity.json").exists()

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bitplan import forecast, measure, measured, metrics, options, plan, refine
+from bitplan import forecast, measure, measured, metrics, options, plan, profile_rules, refine
 from bitplan.artifacts import Budget, Plan, Record
 from bitplan.errors import BudgetError
 from bitplan.forecast import Forecast, Wanted
 from bitplan.measured import Place, Work
+from bitplan.profile import DEFAULT, load
 from bitplan.reporting.wording import with_signed
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 Rows = npt.NDArray[np.int32]
 
 MIX = "mix"
-CANDIDATES = "default,iq1_m,iq1_s"
-"""Of GGUF files, with an importance matrix: whoever asks for two bits may need the smallest."""
+LOW = 3.0
+"""Bits per weight of a file below which the profile for the smallest files plans the mix."""
 
 
 class Recommendation(Record):
@@ -53,15 +55,17 @@ def run(
     wanted: Wanted,
     windows: Rows,
     place: Place,
-    candidates: str = "",
+    profile: str = "",
 ) -> Recommendation:
     """A mix of no more bytes than `wanted`, which costs what the forecast says.
 
-    windows, place: those of the forecast. candidates: formats of the mix, the usual ones unless
-    given. Raises what measuring raises.
+    windows, place: those of the forecast. profile: whose rules the mix obeys, by the
+    size unless given. Raises what measuring raises.
     """
     name, model = costly.name, subject.model
-    chosen = planned(subject, wanted.bytes, candidates)
+    small = costly.bpw < LOW and subject.has_presets and not subject.setting.no_imatrix
+    profile = profile or ("compression-max" if small else DEFAULT)
+    chosen = planned(subject, wanted.bytes, profile)
     if chosen is None:
         text = f"No mix of formats is as small as {name} ({wanted.bytes:,} bytes)."
         return Recommendation(instead_of=name, text=text)
@@ -72,24 +76,28 @@ def run(
     works = [Work(name, wanted.types), Work(MIX, chosen.tensors)]
     both = measured.run(model, works, windows, importance, place)
     gap = metrics.mean(both[MIX].nll - both[name].nll)
-    return told(
-        costly, found, gap, f"{shlex.quote(str(subject.path))} --dynamic --size {wanted.bytes}"
-    )
+    return told(costly, found, gap, _arguments(subject, profile, wanted.bytes))
 
 
-def planned(subject: Subject, nbytes: int, candidates: str = "") -> Plan | None:
-    """The plan for so many bytes, refined; None where nothing is that small."""
-    gguf = subject.has_presets
+def planned(subject: Subject, nbytes: int, profile: str) -> Plan | None:
+    """The plan for so many bytes by a profile's rules, refined; None where nothing is that small.
+
+    As `bitplan quantize --dynamic` plans it.
+    """
+    gguf, given = subject.has_presets, load(profile)
     matrix = subject.imatrix if gguf else None
-    names = candidates or (CANDIDATES if matrix else "default")
-    settings = measure.Settings(options.candidates(names, matrix is not None, gguf))
-    out = subject.out / "mix"
+    wanted = options.candidates(profile_rules.candidates(given, gguf), matrix is not None, gguf)
+    probes = [f for f in wanted if f.name in given.probes]
+    settings = measure.Settings(wanted, given.scorer, given.group, probes)
+    out = subject.out / "mix" / Path(profile).stem
     table = measure.run(
         subject.model, subject.calibration, settings, out,
-        facts=subject.facts, imatrix=matrix, fresh=subject.setting.fresh, progress=subject.progress,
+        facts=subject.facts, imatrix=matrix, fresh=subject.setting.fresh,
+        progress=subject.progress,
     )  # fmt: skip
+    obeyed = profile_rules.rules(given, subject.source.units(given.group), wanted)
     try:
-        first = plan.make(table, Budget(text=f"{nbytes:,} bytes", bytes=nbytes))
+        first = plan.make(table, Budget(text=f"{nbytes:,} bytes", bytes=nbytes), obeyed)
     except BudgetError:
         return None
     importance = matrix.importance() if matrix else {}
@@ -97,6 +105,13 @@ def planned(subject: Subject, nbytes: int, candidates: str = "") -> Plan | None:
         subject.model, table, first, subject.calibration, importance, subject.out,
         progress=subject.progress,
     )  # fmt: skip
+
+
+def _arguments(subject: Subject, profile: str, nbytes: int) -> str:
+    """Of the `bitplan quantize` that plans the same mix."""
+    texts = [f"--text {shlex.quote(t)}" for t in subject.setting.text or ()]
+    what = [shlex.quote(str(subject.path)), f"--dynamic --profile {shlex.quote(profile)}"]
+    return " ".join([*what, f"--size {nbytes}", *texts])
 
 
 def told(costly: Forecast, mix: Forecast, gap: tuple[float, float], what: str) -> Recommendation:
