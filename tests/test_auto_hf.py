@@ -314,6 +314,7 @@ def _lines(path: Path) -> int:
 # --- other sources ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_in_float16_is_run_in_float32_and_stored_in_float16(
     asking: Asking, tmp_path: Path
 ) -> None:

@@ -114,6 +114,7 @@ def test_an_unknown_study_is_answered_with_the_nearest() -> None:
     assert said == "bitplan: unknown study 'sensitivty': did you mean 'sensitivity'?"
 
 
+@pytest.mark.slow
 def test_a_script_alone_measures_nothing(tiny_gguf: Path, story: Path, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(STUDY)
     done = bitplan(

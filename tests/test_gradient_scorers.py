@@ -63,7 +63,10 @@ def information(model: HfModel, plain: Any, row: Rows) -> dict[str, Floats]:
     return {n: turned(model, n, f) for n, f in zip(model.layout.weights, found, strict=True)}
 
 
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in ("llama", "bert") else pytest.param(k, marks=pytest.mark.slow) for k in SMALL],
+)
 def test_fisher_is_what_going_through_all_targets_gives(tmp_path: Path, kind: str) -> None:
     """The mean of many draws is the expectation within 4 of its standard errors, of every unit;
     and near it for most: without that a large error would excuse anything."""

@@ -199,11 +199,11 @@ def test_truncated_and_flipped_files_raise_nothing_else(
     path = tmp_path / "m"
     write(small, path)
     whole, rng, refused = path.read_bytes(), np.random.default_rng(4), 0
-    for end in range(0, len(whole) - 40, 7):
+    for end in range(0, len(whole) - 40, 13):
         path.write_bytes(whole[:end])
         with pytest.raises(ImatrixError):
             imatrix.read(path)
-    for _ in range(600):
+    for _ in range(250):
         raw = bytearray(whole)
         raw[int(rng.integers(0, len(raw)))] ^= int(rng.integers(1, 256))
         path.write_bytes(raw)
@@ -211,7 +211,7 @@ def test_truncated_and_flipped_files_raise_nothing_else(
             imatrix.read(path).importance()
         except ImatrixError:
             refused += 1
-    assert refused > 60
+    assert refused > 25
 
 
 @given(st.lists(st.floats(0, 2.0**99, width=32), min_size=1, max_size=9), st.integers(1, 10**6))

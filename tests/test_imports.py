@@ -6,6 +6,8 @@ import pkgutil
 import subprocess
 import sys
 
+import pytest
+
 import bitplan
 
 
@@ -16,6 +18,7 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_planning_needs_neither_llama_cpp_nor_torch_nor_plots() -> None:
     heavy = {"llama_cpp", "torch", "plotly", "matplotlib", "huggingface_hub"}
     assert not heavy & loaded_by("import bitplan.cli, bitplan.plan, bitplan.summary")

@@ -47,6 +47,7 @@ def run(
     return measure.run(model, windows, settings, out)
 
 
+@pytest.mark.slow
 def test_kl_of_a_cell_is_the_divergence_of_the_swapped_model(
     tiny: LlamaModel, windows: Windows, tmp_path: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_every_scorer_fills_the_whole_table(
         assert all(s.damage >= 0 and np.isfinite(s.damage) for s in table.scores)
 
 
+@pytest.mark.slow
 def layers_by(
     name: str, model: LlamaModel, windows: Windows, out: Path, seed: int = 0
 ) -> list[int]:

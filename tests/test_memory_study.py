@@ -199,6 +199,7 @@ def test_files_are_measured_once_kept_by_content_and_deleted(
     assert len(files.measured) == 3 * (1 + len(found.cases))
 
 
+@pytest.mark.slow
 def test_a_file_is_deleted_when_measuring_fails_and_damage_is_told(
     twelve_layers: Path, tmp_path: Path
 ) -> None:
@@ -220,6 +221,7 @@ def test_a_file_is_deleted_when_measuring_fails_and_damage_is_told(
         filed.run(found, files.entries[1:2], files.hook, {}, tmp_path / "kept")
 
 
+@pytest.mark.slow
 def test_end_to_end_on_real_files(
     tiny_gguf: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

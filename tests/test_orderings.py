@@ -324,6 +324,7 @@ def test_random_orders_are_a_band_of_their_mean_and_spread() -> None:
     assert [p.error for p in series.points] == pytest.approx([math.sqrt(2), 0])
 
 
+@pytest.mark.slow
 # --- the whole --------------------------------------------------------------------------------
 
 

@@ -391,6 +391,7 @@ def test_story_holds_together(subject: Subject) -> None:
     assert "uniform_q4_0.gguf Q4_0" in made.commands[0].command
 
 
+@pytest.mark.slow
 # --- end to end --------------------------------------------------------------------------------
 
 

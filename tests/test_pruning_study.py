@@ -109,6 +109,7 @@ def named(story: Story, title: str) -> Finding:
     return next(f for f in story.findings if f.title == title)
 
 
+@pytest.mark.slow
 def test_variants_remove_half_and_quantize_all_in_the_same_order(twelve_layers: Path) -> None:
     found = pruning.variants(ranked(twelve_layers), given(orders="position"))
     moved = [v for v in found if not v.removed and v.series == "quantizing by position"]
@@ -199,6 +200,7 @@ def test_options_that_make_no_sense_are_refused(twelve_layers: Path) -> None:
         pruning.variants(subject, given(orders="limm"))
 
 
+@pytest.mark.slow
 def test_a_model_whose_layers_cannot_be_removed_is_refused_before_measuring(
     twelve_layers: Path,
 ) -> None:

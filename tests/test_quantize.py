@@ -58,7 +58,9 @@ def matrix(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory, text: str)
     return path
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(s, marks=pytest.mark.slow) for s in range(3, 12))]
+)
 def test_predicted_bytes_are_written_bytes_for_mixed_plans(
     seed: int, tiny_gguf: Path, tiny_moe_gguf: Path, tmp_path: Path
 ) -> None:
@@ -71,6 +73,7 @@ def test_predicted_bytes_are_written_bytes_for_mixed_plans(
     assert {t: found[t] for t in types} == types
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_divide_fall_back_as_planned(stories: Path, tmp_path: Path) -> None:
     header, types = gguf_file.read(stories), mixed(stories, 7, ("q4_k", "q6_k", "iq3_s", "q2_k"))
     assert {"q5_0", "q8_0", "iq4_nl", "q4_0", "f16"} & set(types.values())
@@ -173,6 +176,7 @@ def test_the_printed_command_makes_the_same_tensors(
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_presets_are_what_llama_cpp_writes(tiny_gguf: Path, matrix: Path, tmp_path: Path) -> None:
     header, keys = gguf_file.read(tiny_gguf), measure.added_keys(imatrix.read(matrix))
     for name in ("Q4_K_M", "IQ3_XXS"):

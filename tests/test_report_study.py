@@ -201,6 +201,7 @@ def test_odd_points_draw(
     )
 
 
+@pytest.mark.slow
 def test_nothing_but_a_headline_is_a_report(tmp_path: Path) -> None:
     empty = Story(headline="Nothing was asked.", findings=[], tables=[], charts=[])
     bare = synthetic.results(story=empty, variants=[], models=[], texts=[], options={})

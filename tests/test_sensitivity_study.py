@@ -413,6 +413,7 @@ def setting(model: Path, dev: Path, train: Path) -> Setting:
     )
 
 
+@pytest.mark.slow
 def by_hand(folder: Path, layer: str, rows: Any, bits: int, spared: float = 0.5) -> int:
     """How many examples are right when a layer's matrices are rounded by plain PyTorch.
 

@@ -173,6 +173,7 @@ def test_one_layer_alone_is_written_with_all_else_as_it_was(
         assert real["kl"] == pytest.approx(swap["kl"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_fresh_measures_again_what_this_study_measured_and_nothing_else(
     tiny_gguf: Path, story: Path, tmp_path: Path, mine: own_study.Options
 ) -> None:

@@ -122,6 +122,7 @@ def test_where_formats_cost_alike_nothing_is_shown(twelve_layers: Path, tmp_path
     assert all(f.text.startswith("No difference measured") for f in compared)
 
 
+@pytest.mark.slow
 def test_the_drift_of_the_average_is_told(twelve_layers: Path, tmp_path: Path) -> None:
     story = told(twelve_layers, tmp_path, lambda *_: 1e-3)
     assert any("from 4.500 to 4.583 bits" in note for note in story.notes)
