@@ -314,7 +314,6 @@ def _lines(path: Path) -> int:
 # --- other sources ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_model_in_float16_is_run_in_float32_and_stored_in_float16(
     asking: Asking, tmp_path: Path
 ) -> None:
@@ -329,6 +328,7 @@ def test_a_model_in_float16_is_run_in_float32_and_stored_in_float16(
     assert {e.dtype for e in scales if e.name.endswith("_scale")} == {"F16"}
 
 
+@pytest.mark.slow
 def test_quanto_mixes_its_types_also_in_float16(asking: Asking, tmp_path: Path) -> None:
     """quanto runs a folder in the type that it is stored in alone."""
     pytest.importorskip("optimum.quanto")

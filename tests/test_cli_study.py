@@ -114,7 +114,6 @@ def test_an_unknown_study_is_answered_with_the_nearest() -> None:
     assert said == "bitplan: unknown study 'sensitivty': did you mean 'sensitivity'?"
 
 
-@pytest.mark.slow
 def test_a_script_alone_measures_nothing(tiny_gguf: Path, story: Path, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(STUDY)
     done = bitplan(
@@ -128,6 +127,7 @@ def test_a_script_alone_measures_nothing(tiny_gguf: Path, story: Path, tmp_path:
     assert not (tmp_path / "out" / "measured").exists()
 
 
+@pytest.mark.slow
 def test_a_quantized_model_is_refused_unless_it_is_wanted(
     tiny_gguf: Path, story: Path, tmp_path: Path
 ) -> None:

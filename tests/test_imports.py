@@ -18,12 +18,12 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.slow
 def test_planning_needs_neither_llama_cpp_nor_torch_nor_plots() -> None:
     heavy = {"llama_cpp", "torch", "plotly", "matplotlib", "huggingface_hub"}
     assert not heavy & loaded_by("import bitplan.cli, bitplan.plan, bitplan.summary")
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_first() -> None:
     names = [
         m.name

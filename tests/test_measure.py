@@ -47,7 +47,6 @@ def run(
     return measure.run(model, windows, settings, out)
 
 
-@pytest.mark.slow
 def test_kl_of_a_cell_is_the_divergence_of_the_swapped_model(
     tiny: LlamaModel, windows: Windows, tmp_path: Path
 ) -> None:
@@ -63,6 +62,7 @@ def test_kl_of_a_cell_is_the_divergence_of_the_swapped_model(
     assert cell.measured
 
 
+@pytest.mark.slow
 def test_inferred_cells_rank_as_the_full_table(
     tiny: LlamaModel, windows: Windows, tmp_path: Path
 ) -> None:
@@ -129,7 +129,6 @@ def test_every_scorer_fills_the_whole_table(
         assert all(s.damage >= 0 and np.isfinite(s.damage) for s in table.scores)
 
 
-@pytest.mark.slow
 def layers_by(
     name: str, model: LlamaModel, windows: Windows, out: Path, seed: int = 0
 ) -> list[int]:
@@ -137,6 +136,7 @@ def layers_by(
     return sorted(found, key=found.__getitem__, reverse=True)
 
 
+@pytest.mark.slow
 def test_position_random_and_reverse_order_layers(
     tiny: LlamaModel, windows: Windows, tmp_path: Path
 ) -> None:

@@ -199,7 +199,6 @@ def test_files_are_measured_once_kept_by_content_and_deleted(
     assert len(files.measured) == 3 * (1 + len(found.cases))
 
 
-@pytest.mark.slow
 def test_a_file_is_deleted_when_measuring_fails_and_damage_is_told(
     twelve_layers: Path, tmp_path: Path
 ) -> None:
@@ -246,6 +245,7 @@ def test_end_to_end_on_real_files(
             assert (v.value(figures.metric("window", mode)) or 0) > v.tensor_bytes
 
 
+@pytest.mark.slow
 def test_figures_of_files_hold_for_their_threads_and_all_shards(
     tiny_gguf: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

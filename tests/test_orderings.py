@@ -324,10 +324,10 @@ def test_random_orders_are_a_band_of_their_mean_and_spread() -> None:
     assert [p.error for p in series.points] == pytest.approx([math.sqrt(2), 0])
 
 
-@pytest.mark.slow
 # --- the whole --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run_on_a_tiny_model(tiny_gguf: Path, tmp_path: Path) -> None:
     setting = Setting(
         ctx=64, windows=2, eval_windows=4, no_imatrix=True, threads=1, imatrix_windows=1

@@ -391,10 +391,10 @@ def test_story_holds_together(subject: Subject) -> None:
     assert "uniform_q4_0.gguf Q4_0" in made.commands[0].command
 
 
-@pytest.mark.slow
 # --- end to end --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_on_a_real_model(tiny_gguf: Path, text: str, tmp_path: Path) -> None:
     """Two layers: several strategies are the same, which is measured once and said."""
     words = tmp_path / "words.txt"

@@ -109,7 +109,6 @@ def named(story: Story, title: str) -> Finding:
     return next(f for f in story.findings if f.title == title)
 
 
-@pytest.mark.slow
 def test_variants_remove_half_and_quantize_all_in_the_same_order(twelve_layers: Path) -> None:
     found = pruning.variants(ranked(twelve_layers), given(orders="position"))
     moved = [v for v in found if not v.removed and v.series == "quantizing by position"]
@@ -122,6 +121,7 @@ def test_variants_remove_half_and_quantize_all_in_the_same_order(twelve_layers: 
     assert set(gone[6].types.values()) == {"q8_0"}
 
 
+@pytest.mark.slow
 def test_bytes_of_every_variant_are_those_of_its_file(twelve_layers: Path, tmp_path: Path) -> None:
     from bitplan.writers import gguf
 
@@ -200,7 +200,6 @@ def test_options_that_make_no_sense_are_refused(twelve_layers: Path) -> None:
         pruning.variants(subject, given(orders="limm"))
 
 
-@pytest.mark.slow
 def test_a_model_whose_layers_cannot_be_removed_is_refused_before_measuring(
     twelve_layers: Path,
 ) -> None:
@@ -211,6 +210,7 @@ def test_a_model_whose_layers_cannot_be_removed_is_refused_before_measuring(
         study.listed("pruning", subject, given())
 
 
+@pytest.mark.slow
 def test_end_to_end_swapped_and_pruned_files_agree(
     tiny_gguf: Path, text: str, tmp_path: Path
 ) -> None:

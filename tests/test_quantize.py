@@ -73,7 +73,6 @@ def test_predicted_bytes_are_written_bytes_for_mixed_plans(
     assert {t: found[t] for t in types} == types
 
 
-@pytest.mark.slow
 def test_rows_that_do_not_divide_fall_back_as_planned(stories: Path, tmp_path: Path) -> None:
     header, types = gguf_file.read(stories), mixed(stories, 7, ("q4_k", "q6_k", "iq3_s", "q2_k"))
     assert {"q5_0", "q8_0", "iq4_nl", "q4_0", "f16"} & set(types.values())
@@ -82,6 +81,7 @@ def test_rows_that_do_not_divide_fall_back_as_planned(stories: Path, tmp_path: P
     assert (tmp_path / "out.gguf").stat().st_size == expected
 
 
+@pytest.mark.slow
 def test_with_an_importance_matrix_its_metadata_counts_too(
     tiny_gguf: Path, matrix: Path, tmp_path: Path
 ) -> None:
@@ -188,6 +188,7 @@ def test_presets_are_what_llama_cpp_writes(tiny_gguf: Path, matrix: Path, tmp_pa
         assert {t: real[t] for t in found.types} == found.types
 
 
+@pytest.mark.slow
 def test_presets_that_fit_come_largest_first(tiny_gguf: Path) -> None:
     header, keys = gguf_file.read(tiny_gguf), measure.added_keys(None)
     limit = presets.resolve(header, "Q4_K_M", keys)

@@ -201,7 +201,6 @@ def test_odd_points_draw(
     )
 
 
-@pytest.mark.slow
 def test_nothing_but_a_headline_is_a_report(tmp_path: Path) -> None:
     empty = Story(headline="Nothing was asked.", findings=[], tables=[], charts=[])
     bare = synthetic.results(story=empty, variants=[], models=[], texts=[], options={})
@@ -210,6 +209,7 @@ def test_nothing_but_a_headline_is_a_report(tmp_path: Path) -> None:
     assert "Nothing was asked." in Page(paths[0].read_text()).text
 
 
+@pytest.mark.slow
 def test_pictures_of_an_earlier_report_go_and_others_stay(tmp_path: Path) -> None:
     before = synthetic.results()
     report_study.write(before, tmp_path)

@@ -413,7 +413,6 @@ def setting(model: Path, dev: Path, train: Path) -> Setting:
     )
 
 
-@pytest.mark.slow
 def by_hand(folder: Path, layer: str, rows: Any, bits: int, spared: float = 0.5) -> int:
     """How many examples are right when a layer's matrices are rounded by plain PyTorch.
 
@@ -437,6 +436,7 @@ def by_hand(folder: Path, layer: str, rows: Any, bits: int, spared: float = 0.5)
     return found
 
 
+@pytest.mark.slow
 def test_a_classifier_from_end_to_end(tiny_classifier: Path, tmp_path: Path) -> None:
     folder = tiny_classifier / "model"
     own = setting(folder, tiny_classifier / "dev.tsv", tiny_classifier / "train.tsv")

@@ -191,6 +191,7 @@ def test_fresh_measures_again_what_this_study_measured_and_nothing_else(
     assert {n for n in again if again[n] != both[n]} == set(first)
 
 
+@pytest.mark.slow
 def test_a_damaged_measurement_is_named(
     tiny_gguf: Path, story: Path, tmp_path: Path, mine: own_study.Options
 ) -> None:

@@ -122,12 +122,12 @@ def test_where_formats_cost_alike_nothing_is_shown(twelve_layers: Path, tmp_path
     assert all(f.text.startswith("No difference measured") for f in compared)
 
 
-@pytest.mark.slow
 def test_the_drift_of_the_average_is_told(twelve_layers: Path, tmp_path: Path) -> None:
     story = told(twelve_layers, tmp_path, lambda *_: 1e-3)
     assert any("from 4.500 to 4.583 bits" in note for note in story.notes)
 
 
+@pytest.mark.slow
 def test_run_on_a_small_model(twelve_layers: Path, tmp_path: Path) -> None:
     setting = Setting(ctx=64, windows=1, eval_windows=2, no_imatrix=True, threads=1)
     with Subject(twelve_layers, tmp_path, setting) as subject:
