@@ -9,7 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitplan import budget, formats, imatrix, imatrix_plans, measure, metrics, paired, plan
+from bitplan import (
+    budget,
+    formats,
+    imatrix,
+    imatrix_compare,
+    imatrix_plans,
+    measure,
+    metrics,
+    paired,
+    plan,
+    summary_imatrix,
+)
 from bitplan import text as texts
 from bitplan.errors import ImatrixError
 from bitplan.imatrix import Entry, Imatrix
@@ -119,7 +130,7 @@ def test_what_was_measured_is_not_measured_again(
     again = dataclasses.replace(own, progress=lambda what, *_: seen.append(what))
     assert imatrix_plans.run(again, every, wanted, {"x": every["own"], "y": every["own"]}) == found
     assert set(seen) == {"variants"}  # nothing but how many figures are there
-    folders = {f.name for f in own.out.iterdir()}
+    folders = {f.name for f in own.out.iterdir() if f.is_dir()}
     assert folders == {"measured", every["own"].hash()[:8], every["other"].hash()[:8]}
 
 
@@ -133,3 +144,17 @@ def test_a_matrix_of_another_model_is_refused_first(
     with pytest.raises(ImatrixError, match="belongs to another model"):
         imatrix_plans.run(own, both, budget.of_bpw(BPW, tiny.header.weights))
     assert not own.out.exists()
+
+
+def test_a_difference_that_halves_of_one_text_have_too_is_not_the_texts(
+    made: tuple[Bench, dict[str, Imatrix], Plans],
+) -> None:
+    _, every, plans = made
+    assert plans.noise is not None
+    apart = plans.between[0].model_copy(update={"kl": 0.02, "stderr": 0.001})
+    for halves, ending in ((0.03, "so it is not the text."), (0.01, "than that of same.")):
+        noise = plans.noise.model_copy(update={"kl": -halves, "stderr": 0.001})
+        planted = plans.model_copy(update={"between": [apart], "noise": noise})
+        told = summary_imatrix.findings(imatrix_compare.run(every, plans=planted))[-1]
+        assert told.startswith("The plan of own loses 0.0200 ± 0.0010 nats per token less")
+        assert told.endswith(ending)

@@ -86,9 +86,15 @@ def _on_plans(plans: Plans) -> list[str]:
         )
     for b in apart:
         better, worse = (b.a, b.b) if b.kl > 0 else (b.b, b.a)
+        same = plans.noise is not None and plans.noise.told and abs(plans.noise.kl) >= abs(b.kl)
         told.append(
             f"The plan of {better} loses {with_error(abs(b.kl), b.stderr)} nats per token less than"
-            f" that of {worse}."
+            f" that of {worse}"
+            + (
+                "; two halves of one text differ by as much, so it is not the text."
+                if same
+                else "."
+            )
         )
     return told
 
