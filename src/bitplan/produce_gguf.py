@@ -22,6 +22,8 @@ from bitplan import (
     profile_rules,
     quality_gguf,
     quantize,
+    recommend,
+    summary,
     summary_quality,
     ternary,
 )
@@ -31,6 +33,7 @@ from bitplan.errors import RuntimeFailure
 from bitplan.forecast import Forecast
 from bitplan.profile import Profile
 from bitplan.quality import Quality
+from bitplan.recommend import Recommendation
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.setting import Setting
 from bitplan.subject import Subject, takes_importance
@@ -73,6 +76,8 @@ class Made:
     quantized: Quantized
     quality: Quality | None = None
     forecast: Forecast | None = None
+    recommendation: Recommendation | None = None
+    """What to do instead, where it no longer speaks."""
     why: str = ""
     """Why its quality is not known."""
 
@@ -82,10 +87,12 @@ class Made:
         q = self.quantized
         head = (
             f"{self.file}: {human(q.bytes, exact=True)}, {q.bpw:.3f} bits per weight; every"
-            " tensor is as planned.\nThe same with llama.cpp's own tool:\n" + q.command
+            " tensor is as planned. quantized.json has the llama-quantize command that writes the same."
         )
         told = summary_quality.of_quality(self.quality) if self.quality else self.why
-        return f"{head}\n\n{told}" if told else head
+        better = self.recommendation.text if self.recommendation else ""
+        advice = "\n".join(summary.wrap(better))
+        return "\n\n".join(p for p in ("\n".join(summary.wrap(head)), told, advice) if p)
 
     def document(self) -> dict[str, Any]:
         """For programs."""
@@ -93,6 +100,7 @@ class Made:
             "quantized": json.loads(self.quantized.dumps()),
             "quality": json.loads(self.quality.dumps()) if self.quality else None,
             "forecast": self.forecast.model_dump() if self.forecast else None,
+            "recommendation": self.recommendation.model_dump() if self.recommendation else None,
         }
 
 
@@ -112,7 +120,12 @@ def run(wanted: Wanted, progress: Progress = lambda *_: None) -> Made:
         quality = quality_gguf.judged(
             model, wanted.out, made, subject.held_out, subject.calibration, progress
         )
-    return Made(wanted.out, made, quality, expected)
+        better = None
+        if expected and wanted.recommend and (expected.warnings or quality.warnings):
+            better = recommend.run(
+                subject, expected, work.forecast, subject.held_out.tokens, work.place
+            )
+    return Made(wanted.out, made, quality, expected, better)
 
 
 @dataclass(frozen=True)
@@ -151,6 +164,18 @@ class _Work:
             return self.subject.matrix
         return None
 
+    @cached_property
+    def forecast(self) -> forecast.Wanted:
+        size, _ = self.subject.source.size(self.types, ())
+        return forecast.Wanted(self.types, size)
+
+    @cached_property
+    def place(self) -> measured.Place:
+        """Where what is measured of it lies."""
+        subject = self.subject
+        matrix = subject.imatrix.hash() if subject.imatrix and self.matrix else ""
+        return measured.place(subject.model, subject.out, subject.facts.sha256, matrix)
+
     @property
     def importance(self) -> Mapping[str, Any]:
         """Tensor -> mean squared input, [matrices, row]; empty without a matrix."""
@@ -181,16 +206,13 @@ def _written(work: _Work) -> Quantized:
 
 def _forecast(work: _Work) -> Forecast:
     """What it will cost, measured in memory; said before the file is written."""
-    subject, wanted = work.subject, work.wanted
-    size, _ = subject.source.size(work.types, ())
-    matrix = subject.imatrix.hash() if subject.imatrix and work.matrix else ""
-    place = measured.place(subject.model, subject.out, subject.facts.sha256, matrix)
+    subject = work.subject
     (found,) = forecast.run(
-        subject.model, {work.name: forecast.Wanted(work.types, size)},
-        subject.held_out.tokens, work.importance, place, progress=subject.progress,
+        subject.model, {work.name: work.forecast}, subject.held_out.tokens, work.importance,
+        work.place, progress=subject.progress,
     )  # fmt: skip
     for line in (*found.warnings, *found.notes):
-        wanted.warn(line)
+        work.wanted.warn(line)
     return found
 
 
