@@ -113,4 +113,4 @@ def test_either_a_plan_or_a_format(
 ) -> None:
     text = words(tmp_path / "text.txt", 100)
     assert call(source, text, "--plan", "plan.json") == 2
-    assert "give either --plan plan.json or --format NAME" in capsys.readouterr().err
+    assert "give one: --plan plan.json, --format NAME, or --dynamic" in capsys.readouterr().err

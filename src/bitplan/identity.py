@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bitplan import hub, units
-from bitplan.artifacts import ModelFacts, UnitFacts
+from bitplan.artifacts import ModelFacts, Plan, UnitFacts
 from bitplan.checkpoint import Checkpoint
 from bitplan.checkpoint_files import CONFIG
+from bitplan.errors import ArtifactError
 from bitplan.gguf_file import Header
 
 _CHUNK = 1 << 22
@@ -67,3 +68,12 @@ def unit_facts(unit: units.Unit) -> UnitFacts:
         role=unit.role,
         source=unit.tensors[0].fmt.name,
     )
+
+
+def check_model(plan: Plan, facts: ModelFacts, model: Path) -> None:
+    """Raises ArtifactError where a plan was made for another model than this one."""
+    if facts.sha256 != plan.model.sha256:
+        raise ArtifactError(
+            f"the plan was made for another model ({plan.model.name}, sha256"
+            f" {plan.model.sha256[:12]}), not for {model} ({facts.sha256[:12]}); plan again."
+        )

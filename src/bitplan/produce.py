@@ -15,6 +15,7 @@ from typing import Any
 from bitplan import (
     files,
     formats,
+    identity,
     method_gain,
     options,
     profile_rules,
@@ -27,7 +28,7 @@ from bitplan import (
 )
 from bitplan.artifacts import Evaluation, Plan, Quantized
 from bitplan.budget import human
-from bitplan.errors import ArtifactError, UsageError
+from bitplan.errors import UsageError
 from bitplan.profile import Profile
 from bitplan.quality import Quality
 from bitplan.quantize_hf import Order
@@ -165,12 +166,7 @@ def types_of(source: HfSource, wanted: Wanted) -> dict[str, str]:
                 " such as int4-g128."
             )
         return units.everywhere(source.units(), wanted.format)
-    if wanted.plan.model.sha256 != source.facts.sha256:
-        raise ArtifactError(
-            f"the plan was made for another model ({wanted.plan.model.name}, sha256"
-            f" {wanted.plan.model.sha256[:12]}), not for {wanted.path}"
-            f" ({source.facts.sha256[:12]}); plan again."
-        )
+    identity.check_model(wanted.plan, source.facts, wanted.path)
     return dict(wanted.plan.tensors)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from bitplan import (
     forecast,
     formats,
+    identity,
     measured,
     profile_rules,
     quality_gguf,
@@ -87,7 +88,8 @@ class Made:
         q = self.quantized
         head = (
             f"{self.file}: {human(q.bytes, exact=True)}, {q.bpw:.3f} bits per weight; every"
-            " tensor is as planned. quantized.json has the llama-quantize command that writes the same."
+            " tensor is as planned. quantized.json has the llama-quantize command that writes the"
+            " same."
         )
         told = summary_quality.of_quality(self.quality) if self.quality else self.why
         better = self.recommendation.text if self.recommendation else ""
@@ -108,6 +110,8 @@ def run(wanted: Wanted, progress: Progress = lambda *_: None) -> Made:
     """Write the file and judge it. Raises what the stages raise, as early as possible."""
     with Subject(wanted.path, wanted.out.parent, wanted.setting, progress) as subject:
         work = _Work(wanted, subject)
+        if wanted.plan is not None:
+            identity.check_model(wanted.plan, subject.facts, wanted.path)
         ternary.refuse(subject.header, work.types, wanted.force_ternary)
         gguf.check_source(subject.header, work.types, wanted.setting.allow_requantize)
         why = _cannot_judge(wanted, subject)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bitplan import gguf_file, identity, imatrix
 from bitplan.artifacts import ModelFacts, Origin, Plan, Quantized, schema_of
-from bitplan.errors import ArtifactError, ImatrixError
+from bitplan.errors import ImatrixError
 from bitplan.gguf_file import Header
 from bitplan.runtimes.llamacpp import engine_version
 from bitplan.writers import gguf
@@ -37,11 +37,7 @@ def run(
     """
     header = gguf_file.read(model)
     facts = facts or identity.model_facts(header)
-    if facts.sha256 != plan.model.sha256:
-        raise ArtifactError(
-            f"the plan was made for another model ({plan.model.name}, sha256"
-            f" {plan.model.sha256[:12]}), not for {model} ({facts.sha256[:12]}); plan again."
-        )
+    identity.check_model(plan, facts, model)
     _check_matrix(header, plan, matrix)
     line = gguf.write(
         header,
