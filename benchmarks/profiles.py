@@ -17,7 +17,7 @@ import math
 import platform
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitplan import (
@@ -43,6 +43,7 @@ from bitplan.demo import corpus
 from bitplan.imatrix import Imatrix
 from bitplan.measured import Work
 from bitplan.metrics import Tokens, mean
+from bitplan.request import Request, for_size
 from bitplan.runtimes.llamacpp import LlamaModel, engine_version
 from bitplan.text import Windows
 from bitplan.writers import gguf
@@ -176,13 +177,18 @@ def best(bench: Bench, every: Mapping[str, Mapping[str, str]]) -> tuple[str, Map
 def planned(bench: Bench, name: str, size: Budget) -> Mapping[str, str]:
     """A profile's plan for a size, refined as `bitplan quantize --dynamic` does."""
     chosen = profile.load(name)
-    names = profile_rules.candidates(chosen, gguf=True)
-    wanted = options.candidates(names, with_imatrix=True)
-    settings = measure.Settings(
-        wanted, chosen.scorer, chosen.group, formats.parse(",".join(chosen.probes))
-    )
+    given = Request(bench.model.path, bench.out)
+    given = replace(given, **profile_rules.settled(given, chosen, gguf=True))
+    given = for_size(given, 8 * size.bytes / bench.model.facts.weights)
+    wanted = options.candidates(given.formats, with_imatrix=True)
+    probes = formats.parse(given.probes) if given.probes else ()
+    settings = measure.Settings(wanted, given.scorer, chosen.group, probes)
     table = measure.run(
-        bench.model, bench.windows, settings, bench.out / name, imatrix=bench.matrix
+        bench.model,
+        bench.windows,
+        settings,
+        bench.out / f"table-{len(wanted)}-{len(probes)}",  # profiles may share one
+        imatrix=bench.matrix,
     )
     obeyed = profile_rules.rules(chosen, bench.model.units(chosen.group), wanted)
     first = plan.make(table, size, obeyed)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from bitplan import cli, gguf_file, options, profile, profile_rules, units
+from bitplan import cli, formats, gguf_file, options, profile, profile_rules, units
 from bitplan.errors import BitplanError, UnknownNameError, UsageError
 from bitplan.profile import Profile
+from bitplan.request import Request, for_size
 from bitplan.rules import Rules, Share
+from bitplan.setting import Setting
 from bitplan.units import Unit
 
 
@@ -219,3 +222,16 @@ def test_a_printed_profile_is_that_profile(tmp_path: Path) -> None:
     printed = CliRunner().invoke(cli.app, ["profiles", "attention-high"]).output
     ours = profile.load("attention-high")
     assert of(tmp_path, printed).model_dump() == ours.model_dump()
+
+
+def test_small_budgets_reach_down_and_measure_two_formats(tmp_path: Path) -> None:
+    asked = Request(tmp_path / "m.gguf", tmp_path)
+    low = for_size(asked, 2.5)
+    assert {"iq1_s", "iq1_m", "iq2_xs"} < {f.name for f in formats.parse(low.formats)}
+    assert low.probes == "q3_k,iq2_xxs"
+    for same in (for_size(asked, 3.5), for_size(asked, 0)):
+        assert same == asked
+    own = replace(asked, formats="q4_k,q2_k")
+    assert for_size(own, 2.5) == own
+    bare = replace(asked, setting=Setting(no_imatrix=True))
+    assert for_size(bare, 2.5) == bare

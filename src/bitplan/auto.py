@@ -37,7 +37,7 @@ from bitplan.gguf_file import Header
 from bitplan.measure import Progress
 from bitplan.outcome import Outcome
 from bitplan.quality import Quality
-from bitplan.request import Request
+from bitplan.request import Request, for_size
 from bitplan.rules import Rules
 from bitplan.runtimes.llamacpp import LlamaModel
 from bitplan.setting import Setting
@@ -55,8 +55,13 @@ def run(request: Request, progress: Progress = lambda *_: None) -> Outcome:
     header = gguf_file.read(request.path)
     if request.profile:
         request = replace(request, **profile_rules.settled(request, request.profile, gguf=True))
+    budget = options.chosen_budget(
+        request.size, request.bpw, request.fit, request.max_kl,
+        weights=header.weights, ctx=request.fit_ctx, model=request.path,
+    )  # fmt: skip
+    request = for_size(request, 8 * budget.bytes / header.weights)
     wanted, settings = _settings(request)
-    budget = _checked_budget(request, header, wanted)
+    _check(request, header, wanted, budget)
     setting = request.setting
     with Subject(request.path, request.out, setting, progress) as subject:
         model = subject.model
@@ -129,22 +134,17 @@ def _rules(
     return given.and_also(floors=floors).and_also(own.pins, own.floors)
 
 
-def _checked_budget(request: Request, header: Header, wanted: list[Format]) -> Budget:
-    """The budget in bytes, once it is known that model, memory, disk and size allow the work."""
+def _check(request: Request, header: Header, wanted: Sequence[Format], budget: Budget) -> None:
+    """Whether model, memory, disk and size allow the work."""
     setting = request.setting
     preflight.check_source(header, setting.allow_requantize)
     preflight.check_memory(header.path, header.size, preflight.SMALLER_REFERENCE)
     obeyed = _rules(request, header, wanted)
     _rivals(request.presets)
-    budget = options.chosen_budget(
-        request.size, request.bpw, request.fit, request.max_kl,
-        weights=header.weights, ctx=request.fit_ctx, model=request.path,
-    )  # fmt: skip
     keys = expected_keys(setting)
     low, high = preflight.reachable(header, wanted, keys, options.grouping(request.group), obeyed)
     preflight.check_budget(budget, low, high)
     preflight.check_disk(request.out, 2 * (budget.bytes or high))
-    return budget
 
 
 def expected_keys(setting: Setting) -> gguf_layout.Keys:
