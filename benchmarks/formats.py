@@ -15,6 +15,7 @@ likely to disagree. Prints Markdown; --out keeps what is measured.
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import runpy
 import tempfile
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitplan import demo, forecast, formats, hub, measured, metrics, voices
-from bitplan.coherence import Coherence
+from bitplan.coherence import SURPRISE, Coherence
 from bitplan.errors import ImatrixError
 from bitplan.forecast import Forecast, Wanted
 from bitplan.measured import Work
@@ -100,8 +101,9 @@ def of_model(path: Path, out: Path, args: argparse.Namespace, names: str, mixes:
             rows += measure(subject, between(subject, cases, *pair, mixes))
         facts = subject.held_out.facts
     head = (
-        f"{path.stem}, {facts.source}, {facts.windows} held-out windows of {facts.ctx} tokens;"
+        f"{path.stem}, {Path(facts.source).name}, {facts.windows} held-out windows of {facts.ctx} tokens;"
         f" llama-cpp-python {engine_version()}, {platform.machine()}, {args.threads} thread(s)."
+        f" Surprise: nats a token above the reference's own words; the bound is {SURPRISE}."
     )
     wrong = [r.what for r in rows if not r.agrees]
     last = f"Warning and verdict agree for {len(rows) - len(wrong)} of {len(rows)} files"
@@ -182,12 +184,14 @@ def edge(rows: list[Row]) -> tuple[str, str] | None:
 def between(
     subject: Subject, cases: Mapping[str, Mapping[str, str]], low: str, high: str, count: int
 ) -> dict[str, Mapping[str, str]]:
-    """Mixes of two assignments: of every n-th unit the smaller format, in the order of the file."""
+    """Mixes of two: every n-th unit, the embedding among them, in the smaller format."""
     order = [t.name for u in subject.units for t in u.tensors]
     found: dict[str, Mapping[str, str]] = {}
     for i in range(1, count + 1):
         share = i / (count + 1)
-        taken = {t for k, t in enumerate(order) if int((k + 1) * share) > int(k * share)}
+        taken = {
+            t for k, t in enumerate(order) if math.ceil((k + 1) * share) > math.ceil(k * share)
+        }
         types = {t: cases[low if t in taken else high][t] for t in order}
         found[f"{share:.0%} {low}, {high}"] = types
     return found
@@ -195,9 +199,9 @@ def between(
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| format | bytes | perplexity, %: forecast | file | KL: forecast | file | forecast warns |"
-        " file speaks | agree |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| format | bytes | perplexity, %: forecast | file | KL: forecast | file |"
+        " surprise: forecast | file | forecast warns | file speaks | agree |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         f = r.forecast
@@ -205,10 +209,17 @@ def table(rows: list[Row]) -> str:
         lines.append(
             f"| {r.what} | {r.bytes:,} | {_percent(f.perplexity_ratio - 1, f.perplexity_stderr)} |"
             f" {_percent(*r.change)} | {sig(f.kl, 2)} | {sig(r.kl[0], 2)} ± {sig(r.kl[1], 1)} |"
+            f" {_surprise(f.coherence)} | {_surprise(r.heard)} |"
             f" {'WARNS' if f.warnings else 'no'} | {'yes' if r.heard.speaks else 'NO'} |"
             f" {'yes' if r.agrees else 'NO'} |"
         )
     return "\n".join(lines)
+
+
+def _surprise(heard: Coherence | None) -> str:
+    """Nats a token by which the reference finds the words less likely than its own."""
+    assert heard is not None
+    return f"{heard.candidate.surprise - heard.reference.surprise:+.2f}"
 
 
 def _percent(share: float, error: float | None) -> str:
