@@ -101,7 +101,8 @@ def of_model(path: Path, out: Path, args: argparse.Namespace, names: str, mixes:
             rows += measure(subject, between(subject, cases, *pair, mixes))
         facts = subject.held_out.facts
     head = (
-        f"{path.stem}, {Path(facts.source).name}, {facts.windows} held-out windows of {facts.ctx} tokens;"
+        f"{path.stem}, {Path(facts.source).name}, {facts.windows} held-out windows of"
+        f" {facts.ctx} tokens;"
         f" llama-cpp-python {engine_version()}, {platform.machine()}, {args.threads} thread(s)."
         f" Surprise: nats a token above the reference's own words; the bound is {SURPRISE}."
     )
