@@ -10,10 +10,12 @@ import pytest
 from gguf import GGUFReader
 from typer.testing import CliRunner
 
+import planted_super
 from bitplan import artifacts, cli, formats
 from bitplan.artifacts import Evaluation, Plan
 from bitplan.errors import BudgetError, UsageError
 from bitplan.quality import Quality
+from bitplan.superweights import SuperWeights
 
 PROFILE = """\
 bpw: 4
@@ -153,3 +155,26 @@ def test_what_does_not_go_together(
         run("quantize", tiny_gguf, *arguments)
     assert message in str(caught.value)
     assert not list(tmp_path.rglob("*.gguf"))
+
+
+@pytest.mark.slow
+def test_a_tensor_that_holds_a_super_weight_gets_a_floor(
+    stories: Path, stories_text: str, tmp_path: Path
+) -> None:
+    planted = planted_super.write_gguf(stories, tmp_path / "planted.gguf")
+    (tmp_path / "story.txt").write_text(stories_text[:200_000], encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text("bpw: 5.3\nformats: [q8_0, q5_0, q4_0]\n")
+    given = (
+        "quantize", planted, "--profile", tmp_path / "mine.yaml", "--text", tmp_path / "story.txt",
+        "--ctx", 128, "--eval-windows", 4, "--threads", 1,
+    )  # fmt: skip
+    run(*given, "--out", tmp_path / "careful", "--protect-super-weights")
+    plan = artifacts.load(tmp_path / "careful" / "plan.json", Plan)
+    found = artifacts.load(tmp_path / "careful" / "superweights.json", SuperWeights)
+    holders = {s.tensor for s in found.spikes}
+    assert holders == {"blk.0.ffn_down.weight"}
+    least = formats.get("q6_k").bits
+    assert all(formats.get(plan.tensors[t]).bits >= least for t in holders)
+    assert plan.origin.settings["floors"]
+    quality = artifacts.load(tmp_path / "careful" / "quality.json", Quality)
+    assert quality.super_weight_coverage == 1.0
