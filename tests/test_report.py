@@ -15,7 +15,9 @@ from bitplan import report
 from bitplan.artifacts import Evaluation, Plan, Sensitivity
 from bitplan.budget import human
 from bitplan.errors import ArtifactError
+from bitplan.plan import make
 from bitplan.reporting import charts, findings, heatmaps, scales, verdict, wording
+from bitplan.rules import Rules, Share
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>|`*$x^`\u202e"
 
@@ -294,6 +296,22 @@ def test_other_budgets_change_units(table: Sensitivity, plan: Plan) -> None:
     assert damages == sorted(damages, reverse=True)
     assert all(a.downs and not a.ups for a in found[:3])
     assert not any("token_embd" in a.up for a in found)
+
+
+def test_other_budgets_that_break_a_share_are_left_out(table: Sensitivity) -> None:
+    obeyed = Rules(shares=(Share(("token_embd",), least=1.5, name="embedding"),))
+    chosen = make(table, synthetic.budget(), obeyed)
+    found = [round(a.share, 2) for a in findings.alternatives(table, chosen)]
+    assert found == [0.9, 0.95, 1.05, 1.1, 1.25]  # without the rule 0.8 can be had too
+
+
+def test_a_profile_is_named(table: Sensitivity, tmp_path: Path) -> None:
+    chosen = make(table, synthetic.budget(), Rules(profile="attention-high"))
+    table.save(tmp_path / "sensitivity.json")
+    chosen.save(tmp_path / "plan.json")
+    report.write_from(tmp_path)
+    assert "attention-high" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "by the profile attention-high" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_bytes_spent_are_all_bytes(table: Sensitivity, plan: Plan) -> None:

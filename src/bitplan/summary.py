@@ -92,14 +92,19 @@ def of_plan(plan: Plan) -> str:
         [
             f"{plain(plan.model.name)}: {human(plan.bytes)} of {human(plan.model.bytes)},"
             f" {plan.bpw:.2f} bits per weight",
-            f"budget {plain(plan.budget.text)} ({human(plan.budget.bytes)}); predicted damage"
-            f" {sig(plan.damage)} {plain(plan.damage_unit)}",
+            f"budget {plain(plan.budget.text)} ({human(plan.budget.bytes)}){_profile(plan)};"
+            f" predicted damage {sig(plan.damage)} {plain(plan.damage_unit)}",
             "",
             *columns(mix, "lrrl"),
             "",
             *columns(table, "lrll"),
         ]
     )
+
+
+def _profile(plan: Plan) -> str:
+    name = plan.origin.settings.get("profile")
+    return f" by {plain(str(name))}" if name else ""
 
 
 def of_evaluation(evaluation: Evaluation) -> str:

@@ -5,6 +5,7 @@ Artefacts in, one frozen record out; HTML, Markdown, JSON and figures are all dr
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from bitplan.artifacts import (
     TextFacts,
 )
 from bitplan.budget import human
-from bitplan.errors import ArtifactError
+from bitplan.errors import ArtifactError, BudgetError
 from bitplan.reporting import verdict
 from bitplan.reporting.verdict import Verdict
 from bitplan.reporting.wording import ranges
@@ -198,9 +199,13 @@ def alternatives(sensitivity: Sensitivity, plan: Plan) -> list[Alternative]:
     sensitivity = scaled(sensitivity, factors)
     low, high = tabulate(sensitivity, obeyed).reachable()
     wanted = [min(max(int(share * plan.budget.bytes), low), high) for share in (1.0, *AROUND)]
-    here, *others = (
-        make(sensitivity, Budget(text=human(n), bytes=n), obeyed) for n in dict.fromkeys(wanted)
-    )
+    found = []
+    for nbytes in dict.fromkeys(wanted):
+        with contextlib.suppress(BudgetError):  # a share of the budget may not be kept there
+            found.append(make(sensitivity, Budget(text=human(nbytes), bytes=nbytes), obeyed))
+    if not found or found[0].budget.bytes != wanted[0]:
+        return []
+    here, *others = found
     return [
         _difference(sensitivity, here, there, there.budget.bytes / here.budget.bytes)
         for there in others
