@@ -121,6 +121,19 @@ def test_check_says_what_a_profile_means_here(tiny_gguf: Path, name: str) -> Non
     assert 0 < low < high < 1.1 * tiny_gguf.stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("base", "told"), [("q4_k_m", "bits."), ("iq2_xxs", "with --imatrix only")]
+)
+def test_checking_a_base_runs_nothing(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"base: {base}\n")
+    said = run("quantize", tiny_gguf, "--profile", "mine.yaml", "--check")
+    assert told in said
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.yaml"]
+
+
 def test_the_range_within_reach_is_the_profiles(
     tiny_gguf: Path, story: Path, tmp_path: Path
 ) -> None:

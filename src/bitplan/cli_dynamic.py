@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bitplan import console, options, preflight, profile, profile_rules
 from bitplan.budget import human
@@ -14,7 +16,7 @@ from bitplan.profile import Profile
 from bitplan.request import Request
 from bitplan.setting import Setting
 from bitplan.sources import Source, of
-from bitplan.subject import Subject
+from bitplan.units import Unit
 
 
 def loaded(dynamic: bool, name: str | None) -> Profile | None:
@@ -46,7 +48,7 @@ def check(path: Path, found: Profile | None, setting: Setting, as_json: bool, qu
     lines = [f"{found.name}: sound, and fits {path.name}."]
     for i, hit in enumerate(hits, 1):
         lines.append(f"  rule {i}: {_asked(hit.rule)}: {_named(hit)}")
-    document = {
+    document: dict[str, Any] = {
         "profile": found.name, "sound": True,
         "rules": [{"units": [u.name for u in h.units]} for h in hits],
     }  # fmt: skip
@@ -54,15 +56,25 @@ def check(path: Path, found: Profile | None, setting: Setting, as_json: bool, qu
         low, high = _reachable(source, found, setting)
         lines.append(f"Sizes within reach: {human(low, exact=True)} to {human(high, exact=True)}.")
         document["bytes"] = [low, high]
-    else:
-        with Subject(path, Path(), setting) as subject:
-            types = profile_rules.explicit(found, every, subject.base(found.base))
-        size, _ = source.size(types, ())
+    elif (size := _size(source, found, every, setting)) is not None:
         lines.append(
             f"Size: {human(size, exact=True)}, {8 * size / source.facts.weights:.3f} bits."
         )
         document["bytes"] = size
+    else:
+        lines.append(f"Size: llama.cpp tells that of {found.base} with --imatrix only.")
     console.show("\n".join(lines), document, as_json, quiet)
+
+
+def _size(source: Source, found: Profile, units: Sequence[Unit], setting: Setting) -> int | None:
+    """Bytes of what a profile with a base makes; None where nobody knows without running it."""
+    from bitplan import presets  # needs llama.cpp
+
+    base = found.base or ""
+    if source.has_presets and base.upper() in presets.NEED_IMATRIX and setting.imatrix is None:
+        return None
+    types = source.base(base, lambda: setting.imatrix)
+    return source.size(profile_rules.explicit(found, units, types), ())[0]
 
 
 def _reachable(source: Source, found: Profile, setting: Setting) -> tuple[int, int]:
