@@ -309,7 +309,7 @@ def test_a_disk_that_fills_up_keeps_whole_stages(
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert "the stages so far are kept" in done.stderr
     names = sorted(p.name for p in (tmp_path / "out.blocks").iterdir())
-    assert names == ["key.json", "stage-0000.safetensors"]
+    assert names == ["key.json", "stage-0000.safetensors", "total.json"]
     assert run(given) == 0
     assert contents(tmp_path / "out") == contents(whole)
 
