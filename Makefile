@@ -25,6 +25,8 @@ bench: $(VENV)/.ready-hf
 	$(BIN)/python benchmarks/study.py
 	$(BIN)/python benchmarks/reuse.py
 	$(BIN)/python benchmarks/scorers.py
+	$(BIN)/python benchmarks/profiles.py
+	$(BIN)/python benchmarks/formats.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
