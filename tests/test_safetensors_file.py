@@ -130,7 +130,9 @@ CHANGES = st.lists(
 )
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(CHANGES, st.integers(0, len(HONEST)))
 def test_a_changed_header_is_refused_or_still_true(
     tmp_path: Path, changes: list[tuple[int, int]], keep: int
@@ -155,7 +157,9 @@ def test_a_changed_header_is_refused_or_still_true(
 NUMBERS = st.one_of(st.integers(-2, 40), st.sampled_from([1 << 31, 1 << 63, 1 << 64, 2.0, None]))
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.lists(
         st.builds(
